@@ -1,0 +1,3 @@
+//! ocifs: AI models in OCI registries as ordinary directories: lazy, verified, cached.
+
+pub mod base;
