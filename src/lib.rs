@@ -1,3 +1,4 @@
 //! ocifs: AI models in OCI registries as ordinary directories: lazy, verified, cached.
 
 pub mod base;
+pub mod registry;

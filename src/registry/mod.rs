@@ -1,0 +1,168 @@
+//! Registries: references, credentials, tokens, ranged blob reads, retries, push.
+//!
+//! A request goes down through `client` (authorised, retried, under one deadline) to `transport` (TLS, redirects, time limits).
+//! What is decided on the way, by `address`, `challenge`, `retry` and the heads of `range`, are pure functions of what was received.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::AsyncRead;
+
+use crate::base::{ByteRange, Deadline, Digest};
+
+mod address;
+mod auth;
+mod challenge;
+mod client;
+mod credentials;
+mod error;
+mod manifest;
+mod push;
+mod range;
+mod reference;
+mod retry;
+mod tags;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod token;
+mod transport;
+
+pub use credentials::default_auth_files;
+pub use error::RegistryError;
+pub use manifest::{Manifest, Resolved};
+pub use push::Pushed;
+pub use range::{BlobBody, BodyStream};
+pub use reference::{Reference, ReferenceError, Repository, Tag};
+
+/// How to reach registries. Proxies named in the environment (`HTTPS_PROXY`, `NO_PROXY`, …) are used, except for loopback.
+#[derive(Clone, Debug)]
+pub struct RegistryConfig {
+    /// Hosts (`host` or `host:port`) spoken to over plain HTTP beside loopback ones.
+    pub plain_http: Vec<String>,
+    /// PEM files with further certificate authorities.
+    pub ca_files: Vec<PathBuf>,
+    /// Credential files in order of preference, see [`default_auth_files`]; `None`: no credentials.
+    pub auth_files: Option<Vec<PathBuf>>,
+    /// How long a TCP and TLS connection may take to come up.
+    pub connect_timeout: Duration,
+    /// How long a server may send nothing: before the response head, and between two pieces of a body.
+    pub stall_timeout: Duration,
+}
+
+/// A client of any number of registries; cheap to clone, all clones share connections and tokens.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    client: Arc<client::Client>,
+}
+
+impl Registry {
+    /// A client with these settings.
+    pub fn new(config: RegistryConfig) -> Result<Self, RegistryError> {
+        Ok(Self {
+            client: Arc::new(client::Client::new(config)?),
+        })
+    }
+
+    /// Asks what a reference's tag (or `latest`) points at: HEAD (free at Docker Hub), GET where HEAD tells no digest.
+    /// A reference with a digest points at that digest, and nobody is asked.
+    pub async fn resolve(
+        &self,
+        reference: &Reference,
+        deadline: Deadline,
+    ) -> Result<Resolved, RegistryError> {
+        self.client.resolve(reference, deadline).await
+    }
+
+    /// Fetches a manifest by digest, checked, of bounded size.
+    pub async fn manifest(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        deadline: Deadline,
+    ) -> Result<Manifest, RegistryError> {
+        self.client.manifest(repository, digest, deadline).await
+    }
+
+    /// Starts a read of `range` of a blob of `size` bytes; returns when the response head is right.
+    ///
+    /// `deadline` bounds the time to the head with all its retries; the body is bounded piece by piece by the stall timeout.
+    pub async fn blob(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        size: u64,
+        range: ByteRange,
+        deadline: Deadline,
+    ) -> Result<BlobBody, RegistryError> {
+        self.client
+            .blob(repository, digest, size, range, deadline)
+            .await
+    }
+
+    /// The repository's tags, at most `limit`.
+    pub async fn tags(
+        &self,
+        repository: &Repository,
+        limit: usize,
+        deadline: Deadline,
+    ) -> Result<Vec<Tag>, RegistryError> {
+        self.client.tags(repository, limit, deadline).await
+    }
+
+    /// Whether a repository has a blob.
+    pub async fn exists(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        deadline: Deadline,
+    ) -> Result<bool, RegistryError> {
+        self.client.exists(repository, digest, deadline).await
+    }
+
+    /// Uploads a blob of `size` bytes unless the repository has it.
+    ///
+    /// `open` begins the content anew for each try and is never asked for all of it at once; `progress` hears how
+    /// many bytes of the current try have gone out, from zero again when there is another.
+    pub async fn push_blob<S, F>(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        size: u64,
+        open: impl Fn() -> F + Send + Sync,
+        progress: impl Fn(u64) + Send + Sync + 'static,
+        deadline: Deadline,
+    ) -> Result<Pushed, RegistryError>
+    where
+        S: AsyncRead + Send + Unpin + 'static,
+        F: Future<Output = std::io::Result<S>> + Send,
+    {
+        self.client
+            .push_blob(
+                repository,
+                digest,
+                size,
+                &open,
+                Arc::new(progress),
+                deadline,
+            )
+            .await
+    }
+
+    /// Uploads a manifest under the reference's tag, or under its digest when it has none. Blobs come first.
+    pub async fn push_manifest(
+        &self,
+        reference: &Reference,
+        media_type: &str,
+        bytes: Bytes,
+        deadline: Deadline,
+    ) -> Result<Digest, RegistryError> {
+        self.client
+            .push_manifest(reference, media_type, bytes, deadline)
+            .await
+    }
+}

@@ -1,0 +1,6 @@
+//! The whole layer against servers that follow the rules and servers that do not.
+
+mod auth;
+mod blob;
+mod manifest;
+mod push;

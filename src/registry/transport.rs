@@ -1,0 +1,472 @@
+//! One request on the wire: TLS, plain HTTP where allowed, redirects, time limits. No credentials are chosen here.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RANGE,
+    RETRY_AFTER,
+};
+use reqwest::{Method, Response, Url};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::address::{PlainHosts, address_of, host_of, is_loopback, same_origin, shown};
+use super::error::chain;
+use super::{RegistryConfig, RegistryError};
+use crate::base::Secret;
+
+/// Most redirects in a row.
+const MOST_REDIRECTS: usize = 10;
+/// Most bytes of an error's body that are read.
+const LONGEST_ERROR: usize = 64 << 10;
+/// How long a loopback server may take to answer the question whether it speaks TLS.
+const PROBE_TIME: Duration = Duration::from_secs(1);
+
+/// How we introduce ourselves.
+pub(super) const USER_AGENT: &str = concat!("ocifs/", env!("CARGO_PKG_VERSION"));
+
+/// One request.
+#[derive(Clone)]
+pub(super) struct Ask {
+    pub(super) method: Method,
+    pub(super) url: Url,
+    pub(super) accept: Option<&'static str>,
+    /// The value of `Range`.
+    pub(super) range: Option<HeaderValue>,
+    /// Sent to the origin of `url` only.
+    pub(super) authorization: Option<HeaderValue>,
+    /// A form to POST.
+    pub(super) form: Option<Secret>,
+}
+
+impl Ask {
+    /// A request without further headers.
+    pub(super) fn new(method: Method, url: Url) -> Self {
+        Self {
+            method,
+            url,
+            accept: None,
+            range: None,
+            authorization: None,
+            form: None,
+        }
+    }
+}
+
+/// The answer behind all redirects.
+pub(super) struct Answer {
+    pub(super) response: Response,
+    /// What was asked at last; secret when it is a signed URL.
+    pub(super) url: Url,
+    /// Whether there were redirects.
+    pub(super) redirected: bool,
+    /// Whether they led away from the origin that was asked: its 401 is not the registry's.
+    pub(super) foreign: bool,
+}
+
+/// What a loopback server was found to speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Speaks {
+    Tls,
+    Plain,
+    /// It did not answer to TLS in time, which a busy TLS server may fail to do as well.
+    PerhapsPlain,
+}
+
+/// The HTTP clients and what is known about servers.
+#[derive(Debug)]
+pub(super) struct Transport {
+    /// For loopback: never through a proxy.
+    near_client: reqwest::Client,
+    far_client: reqwest::Client,
+    plain: PlainHosts,
+    /// What loopback servers speak; forgotten when a request to them fails.
+    near_speak: Mutex<HashMap<String, Speaks>>,
+    hello: Vec<u8>,
+    /// Certificates of the CA files, DER.
+    authorities: Vec<Vec<u8>>,
+    stall_timeout: Duration,
+}
+
+impl Transport {
+    /// Reads the CA files and prepares TLS.
+    pub(super) fn new(config: &RegistryConfig) -> Result<Self, RegistryError> {
+        install_provider();
+        let setup = |error: reqwest::Error| RegistryError::Setup {
+            source: Arc::new(error),
+        };
+        let ders = read_authorities(config)?;
+        let authorities: Vec<_> = ders
+            .iter()
+            .map(|der| reqwest::Certificate::from_der(der))
+            .collect::<Result<_, _>>()
+            .map_err(setup)?;
+        let builder = || {
+            let mut headers = HeaderMap::new();
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+            reqwest::Client::builder()
+                .user_agent(USER_AGENT)
+                .default_headers(headers)
+                .redirect(reqwest::redirect::Policy::none())
+                // Retries are decided in one place, with the deadline in view.
+                .retry(reqwest::retry::never())
+                .referer(false)
+                .tcp_nodelay(true)
+                .tcp_keepalive(Duration::from_secs(30))
+                // All streams to a host share one HTTP/2 connection: at 50 ms round trip these windows carry 600 MB/s.
+                .http2_initial_stream_window_size(8 << 20)
+                .http2_initial_connection_window_size(32 << 20)
+                // A connection that died silently must not get the next try of each request that waits on it.
+                .http2_keep_alive_interval(Duration::from_secs(15))
+                .http2_keep_alive_timeout(Duration::from_secs(10))
+                .connect_timeout(config.connect_timeout)
+        };
+        let build = |near: bool| {
+            let proxied = || {
+                if near {
+                    builder().no_proxy()
+                } else {
+                    builder()
+                }
+            };
+            proxied().tls_certs_merge(authorities.iter().cloned()).build().or_else(|error| {
+                // A machine without any system certificates still reaches plain hosts and those of the given authorities.
+                tracing::warn!(error = %chain(&error), "no certificates of the system can be used");
+                proxied().tls_certs_only(authorities.iter().cloned()).build()
+            })
+        };
+        Ok(Self {
+            near_client: build(true).map_err(setup)?,
+            far_client: build(false).map_err(setup)?,
+            plain: PlainHosts::new(&config.plain_http),
+            near_speak: Mutex::default(),
+            hello: client_hello(),
+            authorities: ders,
+            stall_timeout: config.stall_timeout,
+        })
+    }
+
+    /// How long a server may send nothing.
+    pub(super) fn stall_timeout(&self) -> Duration {
+        self.stall_timeout
+    }
+
+    /// The certificates of further authorities, DER.
+    pub(super) fn authorities(&self) -> &[Vec<u8>] {
+        &self.authorities
+    }
+
+    /// Which hosts may be spoken to in the clear.
+    pub(super) fn plain(&self) -> &PlainHosts {
+        &self.plain
+    }
+
+    /// `https://address/` or `http://address/`.
+    pub(super) async fn root(&self, address: &str) -> Result<Url, RegistryError> {
+        let scheme = if self.plain.lists(address)
+            || (is_loopback(host_of(address)) && self.near_speaks(address).await != Speaks::Tls)
+        {
+            "http"
+        } else {
+            "https"
+        };
+        Url::parse(&format!("{scheme}://{address}/")).map_err(|error| RegistryError::Protocol {
+            what: address.to_owned(),
+            reason: format!("not an address: {error}"),
+        })
+    }
+
+    /// What a loopback server speaks.
+    ///
+    /// It is shown the beginning of a TLS handshake, and the first byte of its answer tells: a TLS server sends a
+    /// handshake (22) or alert (21) record, whatever its certificate; an HTTP server sees a malformed request line and
+    /// answers with text or hangs up. The other way round, plain HTTP first, is less certain: TLS servers answer
+    /// it with an HTTP error of their own (Go, nginx) or just close. A real handshake first would take every
+    /// certificate problem for plain HTTP.
+    async fn near_speaks(&self, address: &str) -> Speaks {
+        if let Some(speaks) = self.near().get(address) {
+            return *speaks;
+        }
+        let target = if host_of(address) == address {
+            format!("{address}:443")
+        } else {
+            address.to_owned()
+        };
+        let probe = async {
+            let mut stream = tokio::net::TcpStream::connect(target).await.ok()?;
+            stream.write_all(&self.hello).await.ok()?;
+            let mut first = [0];
+            // An error here is the answer of a server that hung up on us.
+            let read = stream.read(&mut first).await.unwrap_or(0);
+            let tls = read == 1 && matches!(first[0], 21 | 22);
+            Some(if tls { Speaks::Tls } else { Speaks::Plain })
+        };
+        let speaks = match tokio::time::timeout(PROBE_TIME, probe).await {
+            Ok(Some(speaks)) => speaks,
+            // Nobody listens; the request will say so.
+            Ok(None) => return Speaks::Plain,
+            // It reads on and on, as an HTTP server may that waits for an empty line.
+            Err(_) => Speaks::PerhapsPlain,
+        };
+        tracing::debug!(address, ?speaks, "loopback server probed");
+        self.near().insert(address.to_owned(), speaks);
+        speaks
+    }
+
+    fn near(&self) -> MutexGuard<'_, HashMap<String, Speaks>> {
+        self.near_speak
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a request and follows its redirects.
+    pub(super) async fn send(&self, ask: &Ask, what: &str) -> Result<Answer, RegistryError> {
+        let mut url = ask.url.clone();
+        let mut foreign = false;
+        for hop in 0..=MOST_REDIRECTS {
+            let response = self.hop(ask, &url, !foreign, what).await?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Answer {
+                    response,
+                    url,
+                    redirected: hop > 0,
+                    foreign,
+                });
+            }
+            let refuse = |reason: String| RegistryError::Redirect {
+                what: what.to_owned(),
+                reason,
+            };
+            if ask.form.is_some() {
+                return Err(refuse(
+                    "credentials are not sent on to another address".to_owned(),
+                ));
+            }
+            let location = response
+                .headers()
+                .get(LOCATION)
+                .ok_or_else(|| refuse("it has no Location".to_owned()))?
+                .to_str()
+                .map_err(|_| refuse("its Location is not ASCII".to_owned()))?;
+            let next = self.plain.follow(&url, location).map_err(refuse)?;
+            drain(response).await;
+            url = next;
+            // Once away, the credentials stay away: what comes back was chosen by the other host.
+            foreign |= !same_origin(&ask.url, &url);
+        }
+        Err(RegistryError::Redirect {
+            what: what.to_owned(),
+            reason: format!("more than {MOST_REDIRECTS} redirects in a row, perhaps a loop"),
+        })
+    }
+
+    async fn hop(
+        &self,
+        ask: &Ask,
+        url: &Url,
+        home: bool,
+        what: &str,
+    ) -> Result<Response, RegistryError> {
+        let near = url.host_str().is_some_and(is_loopback);
+        let client = if near {
+            &self.near_client
+        } else {
+            &self.far_client
+        };
+        let mut request = client.request(ask.method.clone(), url.clone());
+        if let Some(accept) = ask.accept {
+            request = request.header(ACCEPT, accept);
+        }
+        if let Some(range) = &ask.range {
+            request = request.header(RANGE, range);
+        }
+        if let Some(authorization) = ask.authorization.as_ref().filter(|_| home) {
+            request = request.header(AUTHORIZATION, authorization);
+        }
+        if let Some(form) = &ask.form {
+            request = request
+                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(form.expose().to_owned());
+        }
+        tracing::trace!(method = %ask.method, url = %shown(url), range = ?ask.range, "request");
+        let result = match tokio::time::timeout(self.stall_timeout, request.send()).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(RegistryError::from_transport(what, &address_of(url), error)),
+            Err(_) => Err(RegistryError::Timeout {
+                what: what.to_owned(),
+                after: self.stall_timeout,
+            }),
+        };
+        if !near {
+            return result;
+        }
+        match result {
+            // What TLS servers say to plain HTTP.
+            Ok(response)
+                if response.status() == 400
+                    && self.near().get(&address_of(url)) == Some(&Speaks::PerhapsPlain) =>
+            {
+                self.near().remove(&address_of(url));
+                Err(RegistryError::Interrupted {
+                    what: what.to_owned(),
+                    reason: "it was not clear whether the server speaks TLS".to_owned(),
+                })
+            }
+            Ok(response) => Ok(response),
+            Err(error) => {
+                self.near().remove(&address_of(url));
+                Err(error)
+            }
+        }
+    }
+
+    /// A body of at most `limit` bytes; what Content-Length says is only a hint.
+    pub(super) async fn read(
+        &self,
+        response: &mut Response,
+        limit: usize,
+        what: &str,
+    ) -> Result<Bytes, RegistryError> {
+        let too_large = || RegistryError::TooLarge {
+            what: what.to_owned(),
+            limit: limit as u64,
+        };
+        if response
+            .content_length()
+            .is_some_and(|length| length > limit as u64)
+        {
+            return Err(too_large());
+        }
+        let mut body = BytesMut::new();
+        while let Some(piece) = self.piece(response, what).await? {
+            if body.len() + piece.len() > limit {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&piece);
+        }
+        Ok(body.freeze())
+    }
+
+    /// The next piece of a body.
+    pub(super) async fn piece(
+        &self,
+        response: &mut Response,
+        what: &str,
+    ) -> Result<Option<Bytes>, RegistryError> {
+        next_piece(response, self.stall_timeout, what).await
+    }
+
+    /// Turns an answer that is no success into its error. The body of a 416 is never read: some servers announce
+    /// more than they send.
+    pub(super) async fn refusal(
+        &self,
+        mut answer: Answer,
+        what: &str,
+        host: &str,
+    ) -> RegistryError {
+        let status = answer.response.status().as_u16();
+        let retry_after = answer
+            .response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| super::retry::retry_after(value, SystemTime::now()));
+        let mut body = Vec::new();
+        if status != 416 {
+            while body.len() < LONGEST_ERROR
+                && let Ok(Some(piece)) = self.piece(&mut answer.response, what).await
+            {
+                body.extend_from_slice(&piece[..piece.len().min(LONGEST_ERROR - body.len())]);
+            }
+        }
+        RegistryError::from_status(what, host, status, retry_after, &body)
+    }
+}
+
+/// Reads the short body of an answer whose head was all that mattered: an HTTP/1.1 connection with unread bytes is lost.
+pub(super) async fn drain(mut response: Response) {
+    const SHORT: u64 = 16 << 10;
+    const PATIENCE: Duration = Duration::from_millis(200);
+    let read = async {
+        let mut read = 0;
+        while read <= SHORT
+            && let Ok(Some(piece)) = response.chunk().await
+        {
+            read += piece.len() as u64;
+        }
+    };
+    // Whatever comes of it: the worst is another connection.
+    let _ = tokio::time::timeout(PATIENCE, read).await;
+}
+
+/// The next piece of a body, `None` at its end; the server may take `stall_timeout` for it.
+pub(super) async fn next_piece(
+    response: &mut Response,
+    stall_timeout: Duration,
+    what: &str,
+) -> Result<Option<Bytes>, RegistryError> {
+    match tokio::time::timeout(stall_timeout, response.chunk()).await {
+        Ok(Ok(piece)) => Ok(piece),
+        Ok(Err(error)) => Err(RegistryError::Interrupted {
+            what: what.to_owned(),
+            reason: chain(&error.without_url()),
+        }),
+        Err(_) => Err(RegistryError::Timeout {
+            what: what.to_owned(),
+            after: stall_timeout,
+        }),
+    }
+}
+
+/// Makes ring rustls's cryptography for the process, unless the program has chosen one.
+fn install_provider() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // An error means that there is one already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    });
+}
+
+/// The certificates in the CA files, DER.
+fn read_authorities(config: &RegistryConfig) -> Result<Vec<Vec<u8>>, RegistryError> {
+    use rustls::pki_types::{CertificateDer, pem::PemObject};
+    let mut authorities = Vec::new();
+    for path in &config.ca_files {
+        let refuse = |reason: String| RegistryError::CaFile {
+            path: path.clone(),
+            reason,
+        };
+        let pem = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+        let before = authorities.len();
+        for certificate in CertificateDer::pem_slice_iter(&pem) {
+            let certificate = certificate.map_err(|error| refuse(error.to_string()))?;
+            // Also refuses here what would otherwise fail far from its file.
+            rustls::RootCertStore::empty()
+                .add(certificate.clone())
+                .map_err(|error| refuse(error.to_string()))?;
+            authorities.push(certificate.to_vec());
+        }
+        if authorities.len() == before {
+            return Err(refuse("it has no PEM certificate".to_owned()));
+        }
+    }
+    Ok(authorities)
+}
+
+/// The first flight of a TLS client, for the probe alone: the handshake is never finished, so nothing is trusted.
+fn client_hello() -> Vec<u8> {
+    let config = rustls::ClientConfig::builder()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let name =
+        rustls::pki_types::ServerName::try_from("localhost").expect("localhost is a DNS name");
+    let mut hello = Vec::new();
+    let mut connection = rustls::ClientConnection::new(Arc::new(config), name)
+        .expect("a client configuration with defaults is complete");
+    connection
+        .write_tls(&mut hello)
+        .expect("a Vec takes every write");
+    hello
+}
