@@ -1,4 +1,5 @@
 //! ocifs: AI models in OCI registries as ordinary directories: lazy, verified, cached.
 
 pub mod base;
+pub mod cache;
 pub mod registry;

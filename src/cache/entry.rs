@@ -1,0 +1,498 @@
+//! One blob of the cache, sealed or on its way.
+//!
+//! A blob's life, and the order that keeps every crash harmless:
+//! 1. `partial/<hex>.data` is made empty, the exclusive flock(2) on it taken, the map written, and last the data
+//!    file given its length. A data file without its length has no valid map.
+//! 2. Chunks arrive: bytes, then checksum (`chunkmap.rs`).
+//! 3. Sealing, once the caller has found the SHA-256 of the whole file right: fdatasync of the data, rename to
+//!    `blobs/sha256/<hex>`, fsync of both directories, state "sealed" in the map for other processes, map removed.
+//! 4. Discarding, when the SHA-256 is wrong: state "discarded", both files removed. Whoever has them open reads on
+//!    from files that have no name, and learns of it from the state.
+//!
+//! Whoever uses the blob holds a shared flock(2) on the data file, which stays the same file through sealing.
+//! The file is never shortened and never punched: it may be mapped, or be read by the kernel in our place.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use rustix::fs::{FallocateFlags, Timespec, Timestamps};
+use rustix::io::Errno;
+
+use super::chunkmap::{ChunkMap, State};
+use super::layout::sync_dir;
+use super::lock::{self, Claim};
+use super::{Cache, CacheError};
+use crate::base::{ByteRange, Digest};
+
+/// The last use of a blob is noted again only when the note is older than this.
+const TOUCH_AFTER: Duration = Duration::from_secs(1);
+
+/// An open blob of the cache. While one exists, no process evicts the blob.
+#[derive(Debug)]
+pub struct Entry {
+    cache: Cache,
+    digest: Digest,
+    size: u64,
+    data: File,
+    /// `None` when the blob was sealed already.
+    map: Option<ChunkMap>,
+    state: AtomicU8,
+}
+
+const PARTIAL: u8 = 0;
+const SEALED: u8 = 1;
+const DISCARDED: u8 = 2;
+
+impl Entry {
+    /// Opens a blob of the cache, making an empty partial one where there is none.
+    pub(super) fn open(cache: &Cache, digest: &Digest, size: u64) -> Result<Self, CacheError> {
+        // Every pass either succeeds or saw another process move the blob on; those steps are few.
+        for _ in 0..100 {
+            if let Some(entry) = Self::open_sealed(cache, digest, size)? {
+                return Ok(entry);
+            }
+            if let Some(entry) = Self::open_partial(cache, digest, size)? {
+                return Ok(entry);
+            }
+        }
+        let path = cache.layout().data(digest);
+        Err(CacheError::io("open", &path)(
+            io::ErrorKind::ResourceBusy.into(),
+        ))
+    }
+
+    /// Opens a blob that is sealed.
+    pub(super) fn open_sealed(
+        cache: &Cache,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Option<Self>, CacheError> {
+        let path = cache.layout().sealed(digest);
+        let failed = || CacheError::io("open", &path);
+        let data = match File::open(&path) {
+            Ok(data) => data,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed()(error)),
+        };
+        lock::shared(&data).map_err(failed())?;
+        let metadata = data.metadata().map_err(failed())?;
+        if metadata.nlink() == 0 {
+            return Ok(None);
+        }
+        if metadata.len() != size {
+            let reason = format!(
+                "it has {} bytes, its descriptor says {size}",
+                metadata.len()
+            );
+            return Err(CacheError::Unusable { path, reason });
+        }
+        touch(&data, &metadata);
+        Ok(Some(Self {
+            cache: cache.clone(),
+            digest: *digest,
+            size,
+            data,
+            map: None,
+            state: AtomicU8::new(SEALED),
+        }))
+    }
+
+    /// Opens or makes the partial blob; `None` when it changed under us and the caller should look again.
+    fn open_partial(cache: &Cache, digest: &Digest, size: u64) -> Result<Option<Self>, CacheError> {
+        let data_path = cache.layout().data(digest);
+        let map_path = cache.layout().map(digest);
+        let open = |path| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(path)
+        };
+        let failed = || CacheError::io("open", &data_path);
+        let data = open(&data_path).map_err(failed())?;
+        lock::shared(&data).map_err(failed())?;
+        let mut metadata = data.metadata().map_err(failed())?;
+        if !names(&data_path, &metadata) {
+            return Ok(None);
+        }
+        let map_file = open(&map_path).map_err(CacheError::io("open", &map_path))?;
+        let load = || {
+            let copy = map_file.try_clone()?;
+            ChunkMap::load(copy, digest, size)
+        };
+        let mut map = if metadata.len() == size && size != 0 {
+            load().map_err(CacheError::io("read", &map_path))?
+        } else {
+            None
+        };
+        if map.is_none() {
+            // Taking the exclusive lock gives up the shared one first, so two of us cannot wait for each other.
+            if !lock::try_exclusive(&data).map_err(failed())? {
+                // Somebody uses the files as they are, or is making them now.
+                std::thread::sleep(Duration::from_millis(2));
+                return Ok(None);
+            }
+            metadata = data.metadata().map_err(failed())?;
+            if !names(&data_path, &metadata) || cache.layout().sealed(digest).exists() {
+                return Ok(None);
+            }
+            if metadata.len() == size && size != 0 {
+                map = load().map_err(CacheError::io("read", &map_path))?;
+            }
+            if map.is_none() {
+                // Nobody else has the file open, so cutting it off can hurt nobody.
+                data.set_len(0).map_err(failed())?;
+                ChunkMap::reset(&map_file, digest, size)
+                    .map_err(CacheError::io("write", &map_path))?;
+                data.set_len(size).map_err(failed())?;
+                map = load().map_err(CacheError::io("read", &map_path))?;
+            }
+            lock::shared(&data).map_err(failed())?;
+            let metadata = data.metadata().map_err(failed())?;
+            if !names(&data_path, &metadata) {
+                return Ok(None);
+            }
+        }
+        touch(&data, &metadata);
+        Ok(map.map(|map| Self {
+            cache: cache.clone(),
+            digest: *digest,
+            size,
+            data,
+            map: Some(map),
+            state: AtomicU8::new(PARTIAL),
+        }))
+    }
+
+    /// The blob's digest.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// The blob's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether it is complete and verified.
+    pub fn is_sealed(&self) -> bool {
+        self.state.load(Ordering::Acquire) == SEALED
+    }
+
+    /// Whether its content was found wrong, by this or another process.
+    pub fn is_discarded(&self) -> bool {
+        self.state.load(Ordering::Acquire) == DISCARDED
+    }
+
+    /// The data file, for whoever reads it without us. Only bytes that are present mean anything.
+    pub fn file(&self) -> &File {
+        &self.data
+    }
+
+    /// The unit in which bytes become present.
+    pub fn chunk(&self) -> u64 {
+        self.map.as_ref().map_or(1, ChunkMap::chunk)
+    }
+
+    fn open_map(&self) -> Option<&ChunkMap> {
+        self.map.as_ref().filter(|_| !self.is_sealed())
+    }
+
+    /// Whether all of `range` is here, as far as this process knows.
+    pub fn has(&self, range: ByteRange) -> bool {
+        self.open_map().is_none_or(|map| map.has(range))
+    }
+
+    /// What of `range` is not here, as far as this process knows: whole chunks, in order, neighbours merged.
+    pub fn missing(&self, range: ByteRange) -> Vec<ByteRange> {
+        self.open_map()
+            .map_or_else(Vec::new, |map| map.missing(range))
+    }
+
+    /// Bytes of `range` that are here.
+    pub fn present(&self, range: ByteRange) -> u64 {
+        let range = range.intersect(ByteRange::new(0, self.size));
+        self.open_map()
+            .map_or(range.len(), |map| map.present(range))
+    }
+
+    /// Looks at what other processes have done to `range` and to the blob.
+    pub fn refresh(&self, range: ByteRange) -> Result<(), CacheError> {
+        let Some(map) = self.open_map() else {
+            return Ok(());
+        };
+        let path = || self.cache.layout().map(&self.digest);
+        match map
+            .refresh(range)
+            .map_err(|error| CacheError::io("read", &path())(error))?
+        {
+            State::Partial => {}
+            State::Sealed => self.state.store(SEALED, Ordering::Release),
+            State::Discarded => self.state.store(DISCARDED, Ordering::Release),
+        }
+        Ok(())
+    }
+
+    /// Reads all of `range`; `None` when not all of it is here, or what was here turned out damaged.
+    pub fn read(&self, range: ByteRange) -> Result<Option<Bytes>, CacheError> {
+        let failed = |error| CacheError::io("read", &self.path())(error);
+        if let Some(map) = self.open_map() {
+            if !map.has(range) {
+                return Ok(None);
+            }
+            let whole = map
+                .check(range, |buffer, at| self.data.read_exact_at(buffer, at))
+                .map_err(failed)?;
+            if !whole {
+                tracing::warn!(digest = %self.digest, %range, "cached bytes were damaged; fetching them again");
+                return Ok(None);
+            }
+        }
+        self.read_unchecked(range).map(Some).map_err(failed)
+    }
+
+    fn read_unchecked(&self, range: ByteRange) -> io::Result<Bytes> {
+        let len = usize::try_from(range.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut buffer: Vec<u8> = Vec::with_capacity(len);
+        while buffer.len() < len {
+            let at = range.start() + buffer.len() as u64;
+            match rustix::io::pread(&self.data, rustix::buffer::spare_capacity(&mut buffer), at) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        // The allocator may have given more than was asked for.
+        buffer.truncate(len);
+        Ok(Bytes::from(buffer))
+    }
+
+    /// Claims `range` for fetching, against other processes; `None` when one of them is at it.
+    pub fn claim(&self, range: ByteRange) -> Result<Option<Claim>, CacheError> {
+        let map = self.map.as_ref().ok_or_else(|| self.gone())?;
+        map.claim(range)
+            .map_err(|error| CacheError::io("lock", &self.cache.layout().map(&self.digest))(error))
+    }
+
+    /// Makes room on disk for `range`, on chunk boundaries, and gives the means to fill it.
+    ///
+    /// # Errors
+    /// [`CacheError::Full`] when neither eviction nor the disk gives the room.
+    pub fn writer(self: &Arc<Self>, range: ByteRange) -> Result<Writer, CacheError> {
+        let map = self.map.as_ref().ok_or_else(|| self.gone())?;
+        debug_assert_eq!(
+            range,
+            range.align(map.chunk(), self.size),
+            "parts lie on chunk boundaries"
+        );
+        let absent: u64 = map.missing(range).iter().map(|gap| gap.len()).sum();
+        self.cache.reserve(absent, || self.allocate(range))?;
+        Ok(Writer {
+            entry: Arc::clone(self),
+            at: range.start(),
+            end: range.end(),
+            sum: 0,
+            skip: false,
+        })
+    }
+
+    fn allocate(&self, range: ByteRange) -> Result<(), CacheError> {
+        let flags = FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.data, flags, range.start(), range.len()) {
+            // Where the file system cannot reserve, writing itself finds out.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            Err(Errno::NOSPC | Errno::DQUOT) => Err(CacheError::Full {
+                wanted: range.len(),
+            }),
+            Err(error) => Err(CacheError::io("allocate", &self.path())(error.into())),
+        }
+    }
+
+    /// Step 3 of the blob's life. The caller has hashed the whole file and found the digest right.
+    pub fn seal(&self) -> Result<(), CacheError> {
+        let Some(map) = self.open_map() else {
+            return Ok(());
+        };
+        let layout = self.cache.layout();
+        let (data, sealed) = (layout.data(&self.digest), layout.sealed(&self.digest));
+        self.data
+            .sync_data()
+            .map_err(CacheError::io("sync", &data))?;
+        match fs::rename(&data, &sealed) {
+            Ok(()) => {}
+            // Another process was first; its file is this file.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && sealed.exists() => {}
+            Err(error) => return Err(CacheError::io("rename", &data)(error)),
+        }
+        sync_dir(&layout.sealed_dir()).map_err(CacheError::io("sync", &sealed))?;
+        sync_dir(&layout.partial_dir()).map_err(CacheError::io("sync", &data))?;
+        self.state.store(SEALED, Ordering::Release);
+        // The blob is safe; a map that stays behind is removed with the next garbage.
+        let _ = map.set_state(State::Sealed);
+        let _ = fs::remove_file(layout.map(&self.digest));
+        Ok(())
+    }
+
+    /// Step 4 of the blob's life: the content is wrong, nothing of it is kept.
+    pub fn discard(&self) {
+        let Some(map) = self.open_map() else { return };
+        self.state.store(DISCARDED, Ordering::Release);
+        let _ = map.set_state(State::Discarded);
+        let data = self.cache.layout().data(&self.digest);
+        if self
+            .data
+            .metadata()
+            .is_ok_and(|metadata| names(&data, &metadata))
+        {
+            let _ = fs::remove_file(data);
+            let _ = fs::remove_file(self.cache.layout().map(&self.digest));
+        }
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        let layout = self.cache.layout();
+        if self.is_sealed() {
+            layout.sealed(&self.digest)
+        } else {
+            layout.data(&self.digest)
+        }
+    }
+
+    fn gone(&self) -> CacheError {
+        CacheError::Unusable {
+            path: self.path(),
+            reason: "the blob is sealed and takes no more bytes".to_owned(),
+        }
+    }
+}
+
+/// Whether `path` still leads to the file that `open` describes.
+fn names(path: &std::path::Path, open: &fs::Metadata) -> bool {
+    fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (open.dev(), open.ino()))
+}
+
+/// Notes the use of a blob in its access time, whatever the mount options say of access times.
+fn touch(data: &File, metadata: &fs::Metadata) {
+    let recent = SystemTime::now() - TOUCH_AFTER;
+    if metadata.accessed().is_ok_and(|at| at > recent) {
+        return;
+    }
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: rustix::fs::UTIME_NOW as _,
+    };
+    let keep = Timespec {
+        tv_sec: 0,
+        tv_nsec: rustix::fs::UTIME_OMIT as _,
+    };
+    let _ = rustix::fs::futimens(
+        data,
+        &Timestamps {
+            last_access: now,
+            last_modification: keep,
+        },
+    );
+}
+
+/// Fills a range of a partial blob from front to back. Chunks become present as they are completed.
+#[derive(Debug)]
+pub struct Writer {
+    entry: Arc<Entry>,
+    at: u64,
+    end: u64,
+    /// CRC-32C of the current chunk so far.
+    sum: u32,
+    /// Whether the current chunk was there when we came to it: its bytes are not written again.
+    skip: bool,
+}
+
+impl Writer {
+    /// The offset that the next byte goes to.
+    pub fn position(&self) -> u64 {
+        self.at
+    }
+
+    /// Writes the next bytes.
+    ///
+    /// # Errors
+    /// What the disk says; [`CacheError::Full`] when it is full. The writer is of no use then.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), CacheError> {
+        let entry = Arc::clone(&self.entry);
+        let map = entry.map.as_ref().ok_or_else(|| entry.gone())?;
+        let chunk = map.chunk();
+        let room = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
+        let mut rest = &bytes[..bytes.len().min(room)];
+        // Bytes that are to be written but are not yet, and the sums of the chunks that they complete.
+        let mut from = self.at;
+        let mut pending: &[u8] = &[];
+        let mut all = rest;
+        let mut sums = Vec::new();
+        while !rest.is_empty() {
+            let index = self.at / chunk;
+            let chunk_end = ((index + 1) * chunk).min(entry.size);
+            if self.at == index * chunk {
+                self.sum = 0;
+                self.skip = map.has(ByteRange::new(self.at, chunk_end));
+            }
+            let take = usize::try_from(chunk_end - self.at)
+                .unwrap_or(usize::MAX)
+                .min(rest.len());
+            if self.skip {
+                entry.store(map, from, pending, &mut sums)?;
+                rest = &rest[take..];
+                all = rest;
+                self.at += take as u64;
+                from = self.at;
+                pending = &[];
+                continue;
+            }
+            self.sum = crc32c::crc32c_append(self.sum, &rest[..take]);
+            rest = &rest[take..];
+            pending = &all[..all.len() - rest.len()];
+            self.at += take as u64;
+            if self.at == chunk_end {
+                sums.push(self.sum);
+            }
+        }
+        entry.store(map, from, pending, &mut sums)
+    }
+}
+
+impl Entry {
+    /// Writes `bytes` at `from` and marks the chunks that end within them, whose sums are `sums`.
+    fn store(
+        &self,
+        map: &ChunkMap,
+        from: u64,
+        bytes: &[u8],
+        sums: &mut Vec<u32>,
+    ) -> Result<(), CacheError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.data
+            .write_all_at(bytes, from)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CacheError::Full {
+                    wanted: bytes.len() as u64,
+                },
+                _ => CacheError::io("write", &self.path())(error),
+            })?;
+        if !sums.is_empty() {
+            let first = usize::try_from(from / map.chunk()).unwrap_or(usize::MAX);
+            if let Err(error) = map.mark(first, sums) {
+                // This process can go on; after a restart the chunks are fetched again.
+                tracing::warn!(digest = %self.digest, %error, "cannot note which bytes of a blob are here");
+            }
+            sums.clear();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! Locks between processes that share a cache.
+//!
+//! - flock(2) shared on a blob's data file: somebody uses the blob; whoever would evict it asks for the exclusive one.
+//!   The lock belongs to the open file, so it goes when its holder dies, however that happens.
+//! - Open-file-description locks (fcntl(2), `F_OFD_SETLK`) on a blob's chunk map, a byte for a chunk: somebody is fetching
+//!   these chunks. Also gone with the holder.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, flock};
+
+/// Waits for a shared lock on `file`.
+pub(super) fn shared(file: &File) -> io::Result<()> {
+    Ok(retry(|| flock(file, FlockOperation::LockShared))?)
+}
+
+/// Waits for the exclusive lock on `file`.
+pub(super) fn exclusive(file: &File) -> io::Result<()> {
+    Ok(retry(|| flock(file, FlockOperation::LockExclusive))?)
+}
+
+/// Takes the exclusive lock on `file` if nobody else has one.
+pub(super) fn try_exclusive(file: &File) -> io::Result<bool> {
+    match retry(|| flock(file, FlockOperation::NonBlockingLockExclusive)) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn retry(mut call: impl FnMut() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
+    loop {
+        match call() {
+            Err(rustix::io::Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// The sole right, among all processes, to fetch some chunks of a blob. Given back when dropped.
+#[derive(Debug)]
+pub struct Claim {
+    file: Arc<File>,
+    start: u64,
+    len: u64,
+}
+
+impl Claim {
+    /// Claims `len` chunks from `start`; `None` when another open of the map has claimed one of them.
+    pub(super) fn take(file: &Arc<File>, start: u64, len: u64) -> io::Result<Option<Self>> {
+        match set(file, libc::F_WRLCK, start, len) {
+            Ok(()) => Ok(Some(Self {
+                file: Arc::clone(file),
+                start,
+                len,
+            })),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let _ = set(&self.file, libc::F_UNLCK, self.start, self.len);
+    }
+}
+
+fn set(file: &File, kind: libc::c_int, start: u64, len: u64) -> io::Result<()> {
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: libc::off_t::try_from(start).map_err(|_| io::ErrorKind::InvalidInput)?,
+        l_len: libc::off_t::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?,
+        l_pid: 0, // the kernel demands zero for this kind of lock
+    };
+    loop {
+        // SAFETY: the descriptor is open for as long as `file` lives, and `lock` is a valid flock structure that the
+        // kernel only reads.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+        if result == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_of_two_opens_exclude_each_other_and_end_with_their_holder() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || {
+            Arc::new(
+                File::options()
+                    .read(true)
+                    .write(true)
+                    .open(file.path())
+                    .unwrap(),
+            )
+        };
+        let (a, b) = (open(), open());
+        let claim = Claim::take(&a, 10, 5).unwrap().unwrap();
+        assert!(Claim::take(&b, 14, 1).unwrap().is_none());
+        assert!(Claim::take(&b, 15, 5).unwrap().is_some());
+        drop(claim);
+        let claim = Claim::take(&b, 0, 20).unwrap().unwrap();
+        assert!(Claim::take(&a, 10, 5).unwrap().is_none());
+        drop(b);
+        // The claim keeps the open file, and with it the lock.
+        assert!(Claim::take(&a, 10, 5).unwrap().is_none());
+        drop(claim);
+        assert!(Claim::take(&a, 10, 5).unwrap().is_some());
+    }
+}

@@ -1,0 +1,261 @@
+//! The cache: an OCI image layout on disk plus what ocifs alone needs.
+//!
+//! Any number of processes share one directory. Blobs are kept by digest, so every tag, repository, mount and process that
+//! shows the same bytes shares one copy. A broken or full cache makes reads slower, never wrong: whoever fails to
+//! keep something here serves it from where it came.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+
+mod chunkmap;
+mod entry;
+mod evict;
+mod index;
+mod layout;
+mod lock;
+mod space;
+mod tags;
+#[cfg(test)]
+mod tests;
+
+pub use entry::{Entry, Writer};
+pub use index::Published;
+pub use lock::Claim;
+pub use space::{Usage, Verdict};
+pub use tags::TagRecord;
+
+use crate::base::Digest;
+use layout::Layout;
+use space::Space;
+
+/// Where the cache is and how large it may become.
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    /// The directory; made (0700) when it is missing.
+    pub dir: PathBuf,
+    /// Limit on allocated bytes.
+    pub limit: u64,
+}
+
+/// What can go wrong with the cache.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The file system says no.
+    #[error("cannot {action} {path} in the cache")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory or file is not one that this version may use.
+    #[error("{path} is not usable as a cache: {reason}")]
+    Unusable {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// There is no room, and nothing more that may be evicted.
+    #[error("no room in the cache for {wanted} bytes: what is there is in use or the disk is full")]
+    Full {
+        /// Bytes that were wanted.
+        wanted: u64,
+    },
+    /// A blob cannot be removed while somebody uses it.
+    #[error("{digest} is in use")]
+    InUse {
+        /// The blob.
+        digest: Digest,
+    },
+    /// There is no such blob or artifact in the cache.
+    #[error("{what} is not in the cache")]
+    Absent {
+        /// What was named.
+        what: String,
+    },
+}
+
+impl CacheError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+/// One blob of the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlobInfo {
+    /// Its digest.
+    pub digest: Digest,
+    /// Allocated bytes.
+    pub allocated: u64,
+    /// Its full size.
+    pub size: u64,
+    /// Whether it is complete and verified.
+    pub sealed: bool,
+    /// Last use.
+    pub used: SystemTime,
+    /// Whether some process has it open.
+    pub open: bool,
+}
+
+/// A handle on a cache directory; clones share it, as do other processes on the same directory.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    layout: Layout,
+    space: Space,
+}
+
+impl Cache {
+    /// Opens or makes the cache.
+    ///
+    /// # Errors
+    /// [`CacheError::Unusable`] when the directory holds something else or another version.
+    pub fn open(config: CacheConfig) -> Result<Self, CacheError> {
+        let layout = Layout::open(&config.dir)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                layout,
+                space: Space::new(config.limit),
+            }),
+        })
+    }
+
+    fn layout(&self) -> &Layout {
+        &self.inner.layout
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        self.layout().dir()
+    }
+
+    /// Opens a blob of `size` bytes, making an empty partial one where there is none. While the entry lives, nobody evicts it.
+    pub fn entry(&self, digest: &Digest, size: u64) -> Result<Entry, CacheError> {
+        Entry::open(self, digest, size)
+    }
+
+    /// Bytes of a blob that are here, found without opening it for use.
+    pub fn present(&self, digest: &Digest, size: u64) -> u64 {
+        if std::fs::metadata(self.layout().sealed(digest)).is_ok_and(|found| found.len() == size) {
+            return size;
+        }
+        let load = || {
+            let map = std::fs::File::open(self.layout().map(digest)).ok()?;
+            chunkmap::ChunkMap::load(map, digest, size).ok()?
+        };
+        load().map_or(0, |map| map.present(crate::base::ByteRange::new(0, size)))
+    }
+
+    /// Whether a blob is complete and verified.
+    pub fn is_sealed(&self, digest: &Digest) -> bool {
+        self.layout().sealed(digest).exists()
+    }
+
+    /// Keeps small content whose digest was checked (a manifest, a config). Best effort: a failure is logged.
+    pub fn put(&self, digest: &Digest, content: &[u8]) {
+        debug_assert_eq!(Digest::of(content), *digest);
+        if self.is_sealed(digest) {
+            return;
+        }
+        let path = self.layout().sealed(digest);
+        let keep = || layout::replace(&path, content).map_err(CacheError::io("write", &path));
+        let kept = self.reserve(content.len() as u64, keep);
+        if let Err(error) = kept {
+            tracing::warn!(%digest, %error, "not kept in the cache");
+        }
+    }
+
+    /// Reads a sealed blob of at most `limit` bytes whole and checks its digest again; `None` when that is not to be had.
+    pub fn get(&self, digest: &Digest, limit: u64) -> Option<Bytes> {
+        let path = self.layout().sealed(digest);
+        if std::fs::metadata(&path).ok()?.len() > limit {
+            return None;
+        }
+        let content = std::fs::read(&path).ok()?;
+        if Digest::of(&content) != *digest {
+            tracing::warn!(%digest, "a cached blob is damaged; it is fetched again");
+            let _ = std::fs::remove_file(&path);
+            return None;
+        }
+        Some(content.into())
+    }
+
+    /// Remembers what a tag points at. Best effort: a failure is logged.
+    pub fn set_tag(&self, record: &TagRecord) {
+        if let Err(error) = tags::set(&self.layout().tags_dir(), record) {
+            tracing::warn!(name = record.name, %error, "a tag's digest is not kept in the cache");
+        }
+    }
+
+    /// What `name` (`host/path:tag`) was last known to point at.
+    pub fn tag(&self, name: &str) -> Option<TagRecord> {
+        tags::get(&self.layout().tags_dir(), name)
+    }
+
+    /// Every tag that is remembered, by name.
+    pub fn tags(&self) -> Vec<TagRecord> {
+        tags::list(&self.layout().tags_dir())
+    }
+
+    /// Forgets a tag.
+    pub fn remove_tag(&self, name: &str) -> Result<(), CacheError> {
+        tags::remove(&self.layout().tags_dir(), name).map_err(|_| CacheError::Absent {
+            what: name.to_owned(),
+        })
+    }
+
+    /// Names an artifact whose blobs are all sealed in `index.json`, so that ordinary tools find it. Best effort: a failure is logged.
+    pub fn publish(
+        &self,
+        name: &str,
+        media_type: &str,
+        digest: &Digest,
+        size: u64,
+        artifact_type: Option<&str>,
+    ) {
+        let path = self.layout().index();
+        let published = self.locked(|| {
+            index::publish(&path, name, media_type, digest, size, artifact_type)
+                .map_err(CacheError::io("write", &path))
+        });
+        if let Err(error) = published {
+            tracing::warn!(name, %error, "not entered in the cache's index.json");
+        }
+    }
+
+    /// The artifacts that are whole.
+    pub fn published(&self) -> Vec<Published> {
+        index::list(&self.layout().index()).unwrap_or_default()
+    }
+
+    /// Runs `action` under the cache's exclusive lock, which all processes respect. Not reentrant.
+    fn locked<T>(&self, action: impl FnOnce() -> Result<T, CacheError>) -> Result<T, CacheError> {
+        let path = self.layout().lock();
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(CacheError::io("open", &path))?;
+        lock::exclusive(&file).map_err(CacheError::io("lock", &path))?;
+        action()
+    }
+}

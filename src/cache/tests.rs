@@ -1,0 +1,384 @@
+//! The cache as its users see it, several handles standing for several processes.
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::base::ByteRange;
+
+fn content(seed: u8, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8) ^ seed)
+        .collect()
+}
+
+fn cache(dir: &Path, limit: u64) -> Cache {
+    Cache::open(CacheConfig {
+        dir: dir.to_owned(),
+        limit,
+    })
+    .unwrap()
+}
+
+fn whole(entry: &Entry) -> ByteRange {
+    ByteRange::new(0, entry.size())
+}
+
+/// Puts a blob in through the front door and seals it.
+fn sealed(cache: &Cache, bytes: &[u8]) -> Digest {
+    let digest = Digest::of(bytes);
+    let entry = Arc::new(cache.entry(&digest, bytes.len() as u64).unwrap());
+    entry.writer(whole(&entry)).unwrap().push(bytes).unwrap();
+    entry.seal().unwrap();
+    digest
+}
+
+#[test]
+fn bytes_become_present_chunk_by_chunk_and_are_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 30);
+    let bytes = content(1, 100_000);
+    let digest = Digest::of(&bytes);
+    let entry = Arc::new(cache.entry(&digest, 100_000).unwrap());
+    assert_eq!(entry.missing(whole(&entry)), [whole(&entry)]);
+    let mut writer = entry.writer(whole(&entry)).unwrap();
+    // Pieces of every awkward length.
+    let mut at = 0;
+    for len in [1, 16383, 1, 16384, 40_000, 20_000, 100_000] {
+        let end = (at + len).min(bytes.len());
+        writer.push(&bytes[at..end]).unwrap();
+        at = end;
+        let ready = if at == bytes.len() {
+            at
+        } else {
+            at / 16384 * 16384
+        };
+        assert_eq!(entry.present(whole(&entry)), ready as u64);
+        if ready > 0 {
+            let range = ByteRange::new(ready as u64 / 2, ready as u64);
+            assert_eq!(entry.read(range).unwrap().unwrap(), bytes[ready / 2..ready]);
+        }
+        if ready < bytes.len() {
+            assert!(
+                entry
+                    .read(ByteRange::new(0, ready as u64 + 1))
+                    .unwrap()
+                    .is_none()
+            );
+        }
+    }
+    assert!(entry.missing(whole(&entry)).is_empty());
+}
+
+#[test]
+fn a_second_process_sees_the_bytes_and_a_remount_finds_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (cache(dir.path(), 1 << 30), cache(dir.path(), 1 << 30));
+    let bytes = content(2, 100_000);
+    let digest = Digest::of(&bytes);
+    let writing = Arc::new(a.entry(&digest, 100_000).unwrap());
+    let reading = b.entry(&digest, 100_000).unwrap();
+    let part = ByteRange::new(16384, 65536);
+    writing
+        .writer(part)
+        .unwrap()
+        .push(&bytes[16384..65536])
+        .unwrap();
+    assert!(!reading.has(part));
+    reading.refresh(part).unwrap();
+    assert_eq!(reading.read(part).unwrap().unwrap(), bytes[16384..65536]);
+    drop((writing, reading));
+    let again = cache(dir.path(), 1 << 30).entry(&digest, 100_000).unwrap();
+    assert_eq!(
+        again.missing(whole(&again)),
+        [ByteRange::new(0, 16384), ByteRange::new(65536, 100_000)]
+    );
+    assert_eq!(again.read(part).unwrap().unwrap(), bytes[16384..65536]);
+}
+
+#[test]
+fn what_is_there_is_not_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 30);
+    let bytes = content(3, 70_000);
+    let digest = Digest::of(&bytes);
+    let entry = Arc::new(cache.entry(&digest, 70_000).unwrap());
+    entry
+        .writer(ByteRange::new(16384, 32768))
+        .unwrap()
+        .push(&bytes[16384..32768])
+        .unwrap();
+    // A stream that passes by with other bytes at that place must not change them.
+    let mut stream = bytes.clone();
+    stream[16384..32768].fill(0);
+    let mut writer = entry.writer(whole(&entry)).unwrap();
+    for piece in stream.chunks(10_001) {
+        writer.push(piece).unwrap();
+    }
+    assert_eq!(writer.position(), 70_000);
+    assert_eq!(entry.read(whole(&entry)).unwrap().unwrap(), bytes);
+}
+
+#[test]
+fn damage_is_found_on_first_use_and_counts_as_absent() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = content(4, 50_000);
+    let digest = Digest::of(&bytes);
+    {
+        let cache = cache(dir.path(), 1 << 30);
+        let entry = Arc::new(cache.entry(&digest, 50_000).unwrap());
+        entry.writer(whole(&entry)).unwrap().push(&bytes).unwrap();
+    }
+    let cache = cache(dir.path(), 1 << 30);
+    let data = fs::OpenOptions::new()
+        .write(true)
+        .open(cache.layout().data(&digest))
+        .unwrap();
+    data.write_all_at(b"!", 20_000).unwrap();
+    let entry = cache.entry(&digest, 50_000).unwrap();
+    assert!(entry.missing(whole(&entry)).is_empty());
+    assert_eq!(
+        entry.read(ByteRange::new(0, 16384)).unwrap().unwrap(),
+        bytes[..16384]
+    );
+    assert!(entry.read(whole(&entry)).unwrap().is_none());
+    assert_eq!(entry.missing(whole(&entry)), [ByteRange::new(16384, 32768)]);
+    entry.refresh(whole(&entry)).unwrap();
+    assert_eq!(
+        entry.missing(whole(&entry)),
+        [ByteRange::new(16384, 32768)],
+        "dropped for all processes"
+    );
+}
+
+#[test]
+fn a_sealed_blob_is_a_file_of_the_layout_for_everybody() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (cache(dir.path(), 1 << 30), cache(dir.path(), 1 << 30));
+    let bytes = content(5, 50_000);
+    let digest = Digest::of(&bytes);
+    let other = b.entry(&digest, 50_000).unwrap();
+    assert_eq!(sealed(&a, &bytes), digest);
+    assert_eq!(
+        fs::read(dir.path().join("blobs/sha256").join(digest.hex())).unwrap(),
+        bytes
+    );
+    assert_eq!(fs::read_dir(a.layout().partial_dir()).unwrap().count(), 0);
+    other.refresh(whole(&other)).unwrap();
+    assert!(other.is_sealed());
+    assert_eq!(other.read(whole(&other)).unwrap().unwrap(), bytes);
+    assert!(b.entry(&digest, 50_000).unwrap().is_sealed());
+    assert!(
+        matches!(b.entry(&digest, 49_999), Err(CacheError::Unusable { .. })),
+        "a descriptor that lies"
+    );
+}
+
+#[test]
+fn a_discarded_blob_leaves_nothing_and_can_begin_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (cache(dir.path(), 1 << 30), cache(dir.path(), 1 << 30));
+    let digest = Digest::of(b"something else");
+    let entry = Arc::new(a.entry(&digest, 50_000).unwrap());
+    let other = b.entry(&digest, 50_000).unwrap();
+    entry
+        .writer(whole(&entry))
+        .unwrap()
+        .push(&content(6, 50_000))
+        .unwrap();
+    entry.discard();
+    assert!(entry.is_discarded());
+    other.refresh(whole(&other)).unwrap();
+    assert!(other.is_discarded());
+    assert_eq!(fs::read_dir(a.layout().partial_dir()).unwrap().count(), 0);
+    let anew = a.entry(&digest, 50_000).unwrap();
+    assert_eq!(anew.missing(whole(&anew)), [whole(&anew)]);
+    other.discard();
+    assert!(
+        a.layout().data(&digest).exists(),
+        "the new one is not the old one's to remove"
+    );
+}
+
+#[test]
+fn a_stale_map_does_not_vouch_for_new_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 30);
+    let bytes = content(7, 50_000);
+    let digest = Digest::of(&bytes);
+    let entry = Arc::new(cache.entry(&digest, 50_000).unwrap());
+    entry.writer(whole(&entry)).unwrap().push(&bytes).unwrap();
+    drop(entry);
+    fs::remove_file(cache.layout().data(&digest)).unwrap();
+    let entry = cache.entry(&digest, 50_000).unwrap();
+    assert_eq!(entry.missing(whole(&entry)), [whole(&entry)]);
+}
+
+#[test]
+fn the_least_recently_used_goes_and_what_is_open_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let mib = 1 << 20;
+    let cache = cache(dir.path(), 9 * mib);
+    let blobs: Vec<_> = (0..3)
+        .map(|seed| content(seed, 2 * mib as usize + 4096))
+        .collect();
+    let digests: Vec<_> = blobs.iter().map(|bytes| sealed(&cache, bytes)).collect();
+    let age = |digest: &Digest, seconds| {
+        let file = fs::File::open(cache.layout().sealed(digest)).unwrap();
+        let past = SystemTime::now() - Duration::from_secs(seconds);
+        file.set_times(fs::FileTimes::new().set_accessed(past))
+            .unwrap();
+    };
+    age(&digests[0], 30);
+    age(&digests[1], 3000);
+    age(&digests[2], 300);
+    let open = cache.entry(&digests[1], blobs[1].len() as u64).unwrap();
+    age(&digests[1], 3000);
+    let new = sealed(&cache, &content(9, 4 * mib as usize));
+    let sealed_now = |digest: &Digest| cache.is_sealed(digest);
+    assert!(!sealed_now(&digests[2]), "the oldest that nobody uses");
+    assert!(sealed_now(&digests[1]), "older, but open");
+    assert!(sealed_now(&digests[0]) && sealed_now(&new));
+    assert_eq!(open.read(whole(&open)).unwrap().unwrap(), blobs[1]);
+    assert!(cache.usage().allocated <= 9 * mib);
+    assert!(matches!(
+        cache.remove(&digests[1]),
+        Err(CacheError::InUse { .. })
+    ));
+    drop(open);
+    cache.remove(&digests[1]).unwrap();
+    assert!(matches!(
+        cache.remove(&digests[1]),
+        Err(CacheError::Absent { .. })
+    ));
+}
+
+#[test]
+fn a_blob_that_cannot_fit_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 20);
+    let entry = Arc::new(cache.entry(&Digest::of(b"large"), 8 << 20).unwrap());
+    assert!(matches!(
+        entry.writer(whole(&entry)),
+        Err(CacheError::Full { .. })
+    ));
+    assert!(entry.writer(ByteRange::new(0, 65536)).is_ok());
+}
+
+#[test]
+fn eviction_takes_the_artifact_out_of_the_index() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 30);
+    let blob = sealed(&cache, &content(1, 2 << 20));
+    let manifest = format!(r#"{{"layers":[{{"digest":"{blob}"}}]}}"#);
+    let digest = Digest::of(manifest.as_bytes());
+    cache.put(&digest, manifest.as_bytes());
+    let other = Digest::of(b"{}");
+    cache.put(&other, b"{}");
+    cache.publish(
+        "ghcr.io/o/m:v1",
+        "application/vnd.oci.image.manifest.v1+json",
+        &digest,
+        9,
+        None,
+    );
+    cache.publish(
+        "ghcr.io/o/n:v1",
+        "application/vnd.oci.image.manifest.v1+json",
+        &other,
+        2,
+        None,
+    );
+    assert_eq!(cache.published().len(), 2);
+    cache.remove(&blob).unwrap();
+    assert_eq!(
+        cache.published(),
+        [Published {
+            name: "ghcr.io/o/n:v1".into(),
+            digest: other
+        }]
+    );
+}
+
+#[test]
+fn verify_removes_what_rotted() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 30);
+    let good = sealed(&cache, &content(1, 3 << 20));
+    let bad = sealed(&cache, &content(2, 3 << 20));
+    let partial = content(3, 3 << 20);
+    let partial_digest = Digest::of(&partial);
+    {
+        let entry = Arc::new(cache.entry(&partial_digest, 3 << 20).unwrap());
+        entry
+            .writer(ByteRange::new(0, 1 << 20))
+            .unwrap()
+            .push(&partial[..1 << 20])
+            .unwrap();
+        entry
+            .writer(ByteRange::new(2 << 20, 3 << 20))
+            .unwrap()
+            .push(&partial[2 << 20..])
+            .unwrap();
+    }
+    let rot = |path: PathBuf| {
+        fs::OpenOptions::new()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .write_all_at(b"?", 100)
+            .unwrap()
+    };
+    rot(cache.layout().sealed(&bad));
+    rot(cache.layout().data(&partial_digest));
+    let mut verdicts = Vec::new();
+    cache
+        .verify(|info, verdict| verdicts.push((info.digest, verdict)))
+        .unwrap();
+    verdicts.sort();
+    let mut expected = [
+        (good, Verdict::Sound),
+        (bad, Verdict::Removed),
+        (partial_digest, Verdict::Removed),
+    ];
+    expected.sort_by_key(|(digest, _)| *digest);
+    assert_eq!(verdicts, expected);
+    assert!(cache.is_sealed(&good) && !cache.is_sealed(&bad));
+    let entry = cache.entry(&partial_digest, 3 << 20).unwrap();
+    assert_eq!(
+        entry.missing(whole(&entry)),
+        [ByteRange::new(0, 16384), ByteRange::new(1 << 20, 2 << 20)]
+    );
+    assert!(cache.get(&good, 4 << 20).is_some());
+    assert!(cache.get(&good, 1 << 20).is_none());
+}
+
+#[test]
+fn many_openers_at_once_agree_on_one_pair_of_files() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..20u8 {
+        let bytes = content(round, 40_000);
+        let digest = Digest::of(&bytes);
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let (dir, bytes, digest) = (dir.path(), &bytes, &digest);
+                scope.spawn(move || {
+                    let cache = cache(dir, 1 << 30);
+                    let entry = Arc::new(cache.entry(digest, 40_000).unwrap());
+                    let part = ByteRange::new(
+                        (thread % 3) * 16384,
+                        ((thread % 3 + 1) * 16384).min(40_000),
+                    );
+                    if !entry.is_sealed() {
+                        let slice = &bytes[part.start() as usize..part.end() as usize];
+                        entry.writer(part).unwrap().push(slice).unwrap();
+                    }
+                });
+            }
+        });
+        let entry = cache(dir.path(), 1 << 30).entry(&digest, 40_000).unwrap();
+        assert_eq!(entry.read(whole(&entry)).unwrap().unwrap(), bytes);
+    }
+}
