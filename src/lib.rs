@@ -1,5 +1,6 @@
 //! ocifs: AI models in OCI registries as ordinary directories: lazy, verified, cached.
 
 pub mod base;
+pub mod blob;
 pub mod cache;
 pub mod registry;

@@ -1,0 +1,388 @@
+//! A request from its begin to its end: permit, claim, bytes into the cache.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::SemaphorePermit;
+use tokio::task::block_in_place;
+use tokio::time::{sleep, timeout};
+
+use super::BlobError;
+use super::flight::{Flight, Urgency};
+use super::lazy::{Chain, Hold, LazyBlob, YIELD};
+use crate::base::{ByteRange, Deadline, lock};
+use crate::cache::{CacheError, Writer};
+use crate::registry::{BlobBody, BodyStream, RegistryError};
+
+/// How often to look whether another process has brought what it is fetching.
+const OTHERS_POLL: Duration = Duration::from_millis(10);
+/// Another process that brings nothing for so long may be stopped; its claim is then disregarded.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(20);
+/// The first pause after a body was cut off; doubled each time without a byte in between.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Where the bytes of a request go.
+#[derive(Debug)]
+enum Sink {
+    Cache(Writer),
+    Memory { at: u64 },
+}
+
+impl LazyBlob {
+    /// Runs a flight that has been entered in the blob's list.
+    pub(super) fn fly(self: &Arc<Self>, flight: Arc<Flight>) {
+        let landing = Landing {
+            blob: Arc::clone(self),
+            flight,
+        };
+        self.shared.runtime.spawn(async move {
+            let hold = landing.blob.hold();
+            let result = landing.blob.request(&landing.flight, &hold).await;
+            if let Err(error) = &result {
+                tracing::debug!(error = %Chain(error), "request failed");
+            }
+            landing.end(result);
+        });
+    }
+
+    async fn request(self: &Arc<Self>, flight: &Flight, hold: &Hold) -> Result<(), BlobError> {
+        let _permit = self.permit(flight).await;
+        let _claim = match self.claim(flight, hold).await {
+            Claimed::Mine(claim) => claim,
+            Claimed::Done => return Ok(()),
+        };
+        if flight.whole {
+            return self.stream(flight, hold, None).await;
+        }
+        // Another process may have brought some of it before the claim was ours.
+        let gaps = self.missing(hold, flight.range);
+        for gap in gaps {
+            flight.advance(gap.start());
+            match self.bring(flight, hold, gap, None).await? {
+                Brought::All => {}
+                Brought::Whole(body) => return self.switch_to_stream(body),
+            }
+        }
+        flight.advance(flight.range.end());
+        Ok(())
+    }
+
+    /// Waits for a connection: demand has its own, filling gives way to readers that wait.
+    async fn permit(&self, flight: &Flight) -> Option<SemaphorePermit<'_>> {
+        let background = async {
+            if flight.urgency == Urgency::Fill {
+                let mut waiting = self.shared.waiting.subscribe();
+                let _ = timeout(YIELD, waiting.wait_for(|count| *count == 0)).await;
+            }
+            self.shared.parts.acquire().await.ok()
+        };
+        let demand = async {
+            flight.boosted().await;
+            self.shared.demands.acquire().await.ok()
+        };
+        tokio::select! {
+            biased;
+            permit = demand => permit,
+            permit = background => permit,
+        }
+    }
+
+    /// Gets the right to fetch the flight's range, or sees another process bring it.
+    async fn claim(&self, flight: &Flight, hold: &Hold) -> Claimed {
+        let Some(entry) = hold.entry() else {
+            return Claimed::Mine(None);
+        };
+        let mut seen = 0;
+        let mut moved = Deadline::after(OTHERS_PATIENCE);
+        loop {
+            match entry.claim(flight.range) {
+                Ok(Some(claim)) => return Claimed::Mine(Some(claim)),
+                // Sealed meanwhile: nothing is missing. Else the cache is broken, and fetching twice is the lesser evil.
+                Err(_) => return Claimed::Mine(None),
+                Ok(None) => {}
+            }
+            sleep(OTHERS_POLL).await;
+            match self.missing(hold, flight.range).first() {
+                None => return Claimed::Done,
+                Some(gap) => flight.advance(gap.start()),
+            }
+            let present = entry.present(flight.range);
+            if present > seen {
+                seen = present;
+                moved = Deadline::after(OTHERS_PATIENCE);
+            } else if moved.passed() {
+                tracing::warn!(digest = %self.digest, range = %flight.range, "another process holds this range and brings nothing");
+                return Claimed::Mine(None);
+            }
+        }
+    }
+
+    /// Fetches `range`, through as many requests as it takes while bytes keep coming.
+    async fn bring(
+        &self,
+        flight: &Flight,
+        hold: &Hold,
+        range: ByteRange,
+        mut body: Option<BodyStream>,
+    ) -> Result<Brought, BlobError> {
+        let mut sink = self.sink(flight, hold, range)?;
+        let mut pause = FIRST_PAUSE;
+        let mut deadline = Deadline::after(self.shared.config.read_timeout);
+        while sink.position() < range.end() {
+            let rest = ByteRange::new(sink.position(), range.end());
+            let stream = match body.take() {
+                Some(body) => Ok(BlobBody::Range(body)),
+                None => self.ask(rest, deadline).await,
+            };
+            let before = sink.position();
+            let failure = match stream {
+                Ok(BlobBody::Whole(body)) if !flight.whole => return Ok(Brought::Whole(body)),
+                Ok(BlobBody::Whole(body)) => {
+                    let skip = sink.position();
+                    self.pour(flight, hold, body, &mut sink, skip).await
+                }
+                Ok(BlobBody::Range(body)) => self.pour(flight, hold, body, &mut sink, 0).await,
+                // It has tried until the deadline, or there is no point in trying.
+                Err(error) => return Err(self.fetch_error(rest, error)),
+            };
+            if sink.position() > before {
+                pause = FIRST_PAUSE;
+                deadline = Deadline::after(self.shared.config.read_timeout);
+            }
+            if let Err(error) = failure {
+                if !error.is_transient() || deadline.passed() {
+                    return Err(self.fetch_error(rest, error));
+                }
+                tracing::info!(digest = %self.digest, at = sink.position(), error = %Chain(&error), "a body was cut off; asking for the rest");
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+        Ok(Brought::All)
+    }
+
+    /// Asks the first repository that has the blob.
+    async fn ask(&self, range: ByteRange, deadline: Deadline) -> Result<BlobBody, RegistryError> {
+        let mut last = None;
+        for repository in self.repositories() {
+            match self
+                .shared
+                .registry
+                .blob(&repository, &self.digest, self.size, range, deadline)
+                .await
+            {
+                Ok(body) => return Ok(body),
+                Err(error) => {
+                    let elsewhere =
+                        error.is_not_found() || matches!(error, RegistryError::Denied { .. });
+                    // What the first repository says is what the user asked about.
+                    let error = last.take().unwrap_or(error);
+                    if !elsewhere {
+                        return Err(error);
+                    }
+                    last = Some(error);
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| unreachable!("a blob is opened with a repository")))
+    }
+
+    /// Moves a body into the sink, all but its first `skip` bytes. The position of the sink tells how far it came.
+    async fn pour(
+        &self,
+        flight: &Flight,
+        hold: &Hold,
+        mut body: BodyStream,
+        sink: &mut Sink,
+        mut skip: u64,
+    ) -> Result<(), RegistryError> {
+        while let Some(mut bytes) = body.next().await? {
+            self.received
+                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            if skip > 0 {
+                let cut = skip.min(bytes.len() as u64);
+                skip -= cut;
+                bytes = bytes.split_off(usize::try_from(cut).unwrap_or(usize::MAX));
+            }
+            self.keep(hold, sink, bytes);
+            flight.advance(sink.ready(hold));
+        }
+        flight.advance(sink.position());
+        Ok(())
+    }
+
+    /// Hands bytes to the cache, or to memory once the cache fails.
+    fn keep(&self, hold: &Hold, sink: &mut Sink, bytes: Bytes) {
+        if bytes.is_empty() {
+            return;
+        }
+        match sink {
+            Sink::Memory { at } => {
+                let start = *at;
+                *at += bytes.len() as u64;
+                lock(&self.state).overlay.push(start, bytes);
+            }
+            Sink::Cache(writer) => {
+                let start = writer.position();
+                // A write may wait for the disk; the runtime's other tasks move away meanwhile.
+                let Err(error) = block_in_place(|| writer.push(&bytes)) else {
+                    return;
+                };
+                tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
+                // Bytes of the chunk that was begun are on the way out of memory already. They are read again
+                // because the chunk is not marked.
+                let chunk = hold.entry().map_or(1, |entry| entry.chunk());
+                if start % chunk != 0 {
+                    tracing::debug!(digest = %self.digest, start, "a chunk was cut in two");
+                }
+                let at = start + bytes.len() as u64;
+                lock(&self.state).overlay.push(start, bytes);
+                *sink = Sink::Memory { at };
+            }
+        }
+    }
+
+    fn sink(&self, flight: &Flight, hold: &Hold, range: ByteRange) -> Result<Sink, BlobError> {
+        let memory = Sink::Memory { at: range.start() };
+        let Some(entry) = hold.entry() else {
+            return if flight.urgency == Urgency::Demand {
+                Ok(memory)
+            } else {
+                Err(self.no_room())
+            };
+        };
+        match block_in_place(|| entry.writer(range)) {
+            Ok(writer) => Ok(Sink::Cache(writer)),
+            // Nobody waits for what would only be dropped again.
+            Err(CacheError::Full { .. }) if flight.urgency != Urgency::Demand => {
+                lock(&self.state).no_room = Some(Instant::now());
+                Err(self.no_room())
+            }
+            Err(error) => {
+                tracing::info!(digest = %self.digest, %range, error = %Chain(&error), "served without being kept");
+                Ok(memory)
+            }
+        }
+    }
+
+    fn no_room(&self) -> BlobError {
+        BlobError::NoRoom {
+            digest: self.digest,
+            size: self.size,
+        }
+    }
+
+    fn fetch_error(&self, range: ByteRange, error: RegistryError) -> BlobError {
+        BlobError::Fetch {
+            digest: self.digest,
+            range,
+            source: Arc::new(error),
+        }
+    }
+
+    /// The server ignores ranges: one stream now serves everybody. The readers of the flight that found out look again
+    /// and join it.
+    fn switch_to_stream(self: &Arc<Self>, body: BodyStream) -> Result<(), BlobError> {
+        let mut state = lock(&self.state);
+        state.no_ranges = true;
+        if state.flights.iter().any(|flight| flight.whole) {
+            return Ok(()); // and this body is dropped, its connection with it
+        }
+        tracing::info!(digest = %self.digest, "the registry ignores ranges; reading the blob as one stream");
+        let flight = Flight::new(ByteRange::new(0, self.size), Urgency::Demand, true);
+        state.flights.push(Arc::clone(&flight));
+        drop(state);
+        let landing = Landing {
+            blob: Arc::clone(self),
+            flight,
+        };
+        self.shared.runtime.spawn(async move {
+            let hold = landing.blob.hold();
+            let result = landing
+                .blob
+                .stream(&landing.flight, &hold, Some(body))
+                .await;
+            landing.end(result);
+        });
+        Ok(())
+    }
+
+    /// Brings the whole blob from its first byte.
+    async fn stream(
+        &self,
+        flight: &Flight,
+        hold: &Hold,
+        body: Option<BodyStream>,
+    ) -> Result<(), BlobError> {
+        self.filling.store(true, Ordering::Release);
+        self.bring(flight, hold, flight.range, body)
+            .await
+            .map(|_| ())
+    }
+}
+
+enum Claimed {
+    Mine(Option<crate::cache::Claim>),
+    Done,
+}
+
+enum Brought {
+    All,
+    /// The server sent the whole blob instead.
+    Whole(BodyStream),
+}
+
+impl Sink {
+    /// The offset of the next byte.
+    fn position(&self) -> u64 {
+        match self {
+            Self::Cache(writer) => writer.position(),
+            Self::Memory { at } => *at,
+        }
+    }
+
+    /// Up to where readers find the bytes: whole chunks in the cache, every byte in memory.
+    fn ready(&self, hold: &Hold) -> u64 {
+        match self {
+            Self::Cache(writer) => {
+                let chunk = hold.entry().map_or(1, |entry| entry.chunk());
+                writer.position() / chunk * chunk
+            }
+            Self::Memory { at } => *at,
+        }
+    }
+}
+
+/// Takes a flight off the blob's list and wakes whoever waits for it, also when its task is cancelled or panics.
+struct Landing {
+    blob: Arc<LazyBlob>,
+    flight: Arc<Flight>,
+}
+
+impl Landing {
+    fn end(self, result: Result<(), BlobError>) {
+        self.leave();
+        self.flight.end(result);
+        self.blob.hash_soon();
+    }
+
+    /// First off the list, so that whoever wakes up does not find it there again.
+    fn leave(&self) {
+        lock(&self.blob.state)
+            .flights
+            .retain(|flight| !Arc::ptr_eq(flight, &self.flight));
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.leave();
+        self.flight.end(Err(BlobError::Deadline {
+            digest: self.blob.digest,
+            range: self.flight.range,
+        }));
+    }
+}

@@ -1,0 +1,583 @@
+//! One lazy blob, and a read of it from top to bottom.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use tokio::sync::watch;
+use tokio::time::timeout_at;
+
+use super::flight::{Flight, Urgency};
+use super::overlay::Overlay;
+use super::plan;
+use super::prefetch::{Advice, Prefetcher};
+use super::verify::Hashing;
+use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
+use crate::base::{ByteRange, Deadline, Digest, lock};
+use crate::cache::Entry;
+use crate::registry::Repository;
+
+/// The unit in which bytes are asked for where the cache does not set one.
+const UNCACHED_CHUNK: u64 = 16 << 10;
+/// A cache that could not open the blob is asked again after this.
+const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
+/// A cache that had no room is not filled ahead of readers for this long.
+const PREFETCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// Completing a blob is given up when this many rounds found every byte and could not decide on them.
+const ROUNDS: u32 = 3;
+/// A request that somebody else began may fail for his reasons; a reader that joined it tries this often himself.
+const OWN_TRIES: u32 = 2;
+
+/// One lazy blob: some of its bytes are here, the rest come when they are read.
+#[derive(Debug)]
+pub struct LazyBlob {
+    pub(super) shared: Arc<Shared>,
+    pub(super) digest: Digest,
+    pub(super) size: u64,
+    repositories: Mutex<Vec<Repository>>,
+    slot: Mutex<Slot>,
+    pub(super) state: Mutex<State>,
+    pub(super) verified: watch::Sender<Verified>,
+    pub(super) hashing: Hashing,
+    /// All of it is wanted, so hashing what has arrived is not in vain.
+    pub(super) filling: AtomicBool,
+    /// Bytes that the registry sent for it.
+    pub(super) received: AtomicU64,
+}
+
+/// The cache entry, open while somebody holds the blob.
+#[derive(Debug, Default)]
+struct Slot {
+    entry: Option<Arc<Entry>>,
+    holds: usize,
+    /// Counts the openings: what was found out about an earlier one's bytes says nothing of this one's.
+    opening: u64,
+    /// When opening failed last.
+    failed: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) flights: Vec<Arc<Flight>>,
+    pub(super) overlay: Overlay,
+    /// The server sent the whole blob for a range.
+    pub(super) no_ranges: bool,
+    /// When the cache had no room for it last.
+    pub(super) no_room: Option<Instant>,
+    prefetcher: Prefetcher,
+}
+
+impl LazyBlob {
+    pub(super) fn new(shared: Arc<Shared>, digest: Digest, size: u64) -> Arc<Self> {
+        Arc::new(Self {
+            shared,
+            digest,
+            size,
+            repositories: Mutex::default(),
+            slot: Mutex::default(),
+            state: Mutex::default(),
+            verified: watch::Sender::new(Verified::NotYet),
+            hashing: Hashing::default(),
+            filling: AtomicBool::new(false),
+            received: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn add_repository(&self, repository: &Repository) {
+        let mut known = lock(&self.repositories);
+        if !known.contains(repository) {
+            known.push(repository.clone());
+        }
+    }
+
+    /// Where the blob can be fetched from, the first known first.
+    pub fn repositories(&self) -> Vec<Repository> {
+        lock(&self.repositories).clone()
+    }
+
+    /// Its digest.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Its size in bytes, as its descriptor tells.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes that the registry has sent for it, in this process.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that are in the cache.
+    pub fn cached(self: &Arc<Self>) -> u64 {
+        self.cached_in(ByteRange::new(0, self.size))
+    }
+
+    /// Bytes of `range` that are in the cache.
+    pub fn cached_in(self: &Arc<Self>, range: ByteRange) -> u64 {
+        let range = range.intersect(ByteRange::new(0, self.size));
+        let open = lock(&self.slot).entry.clone();
+        if let Some(entry) = open {
+            return entry.present(range);
+        }
+        match self.shared.cache.present(&self.digest, self.size) {
+            0 => 0,
+            all if all >= self.size => range.len(),
+            // Which of them lie in the range shows only in the map.
+            _ if self.size == range.len() => self.shared.cache.present(&self.digest, self.size),
+            _ => self.hold().entry().map_or(0, |entry| entry.present(range)),
+        }
+    }
+
+    /// Whether it is known to be right.
+    pub fn verified(&self) -> Verified {
+        let verified = *self.verified.borrow();
+        if verified == Verified::NotYet && self.shared.cache.is_sealed(&self.digest) {
+            return Verified::Yes;
+        }
+        verified
+    }
+
+    /// Keeps the blob's cache entry open, and the blob safe from eviction, until the hold is dropped.
+    pub fn hold(self: &Arc<Self>) -> Hold {
+        let mut slot = lock(&self.slot);
+        slot.holds += 1;
+        let recently = |at: &Instant| at.elapsed() < OPEN_AGAIN_AFTER;
+        // Of a blob that turned out wrong nothing is read again.
+        let of_use =
+            self.size > 0 && self.check().is_ok() && !slot.failed.as_ref().is_some_and(recently);
+        if slot.entry.is_none() && of_use {
+            match self.shared.cache.entry(&self.digest, self.size) {
+                Ok(entry) => {
+                    let sealed = entry.is_sealed();
+                    slot.entry = Some(Arc::new(entry));
+                    slot.opening += 1;
+                    // Evicted since it was last open: what was known of it is void.
+                    self.verified.send_if_modified(|verified| match *verified {
+                        Verified::NotYet if sealed => {
+                            *verified = Verified::Yes;
+                            true
+                        }
+                        Verified::Yes if !sealed => {
+                            *verified = Verified::NotYet;
+                            self.filling.store(false, Ordering::Release);
+                            true
+                        }
+                        _ => false,
+                    });
+                }
+                Err(error) => {
+                    slot.failed = Some(Instant::now());
+                    tracing::warn!(digest = %self.digest, error = %Chain(&error), "reading without the cache");
+                }
+            }
+        }
+        drop(slot);
+        Hold {
+            blob: Arc::clone(self),
+        }
+    }
+
+    /// The bytes of `range` if all are here; neither waits nor fetches. May be called from any thread, and counts as a
+    /// read for the prefetcher.
+    pub fn try_read(self: &Arc<Self>, range: ByteRange) -> Option<Result<Bytes, BlobError>> {
+        let hold = self.hold();
+        let result = self
+            .look(&hold, range, self.shared.config.strict)
+            .transpose()?;
+        if result.is_ok() {
+            self.note(range);
+        }
+        Some(result)
+    }
+
+    /// The bytes of `range`, fetched where they are missing.
+    ///
+    /// # Errors
+    /// Any [`BlobError`] but `NoRoom`: what the cache cannot keep is served all the same.
+    pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, BlobError> {
+        if self.shared.config.strict {
+            self.complete().await?;
+        }
+        self.note(range);
+        self.fetch_and_read(range, Deadline::after(self.shared.config.read_timeout))
+            .await
+    }
+
+    /// The bytes of `range` by `deadline`, and nothing fetched beside them: for headers and listings.
+    pub async fn peek(
+        self: &Arc<Self>,
+        range: ByteRange,
+        deadline: Deadline,
+    ) -> Result<Bytes, BlobError> {
+        self.fetch_and_read(range, deadline).await
+    }
+
+    async fn fetch_and_read(
+        self: &Arc<Self>,
+        range: ByteRange,
+        deadline: Deadline,
+    ) -> Result<Bytes, BlobError> {
+        let hold = self.hold();
+        loop {
+            self.ensure(&hold, range, Urgency::Demand, deadline).await?;
+            // Nothing only when a cached chunk turned out damaged or memory ran over meanwhile: fetch again.
+            if let Some(bytes) = self.look(&hold, range, false)? {
+                return Ok(bytes);
+            }
+            if deadline.passed() {
+                return Err(BlobError::Deadline {
+                    digest: self.digest,
+                    range,
+                });
+            }
+        }
+    }
+
+    /// Fetches what is missing, verifies and seals.
+    ///
+    /// # Errors
+    /// [`BlobError::NoRoom`] when the cache cannot hold it.
+    pub async fn complete(self: &Arc<Self>) -> Result<(), BlobError> {
+        let hold = self.hold();
+        self.filling.store(true, Ordering::Release);
+        let everything = ByteRange::new(0, self.size);
+        for _ in 0..ROUNDS {
+            self.check()?;
+            if *self.verified.borrow() == Verified::Yes {
+                return Ok(());
+            }
+            stream::iter(plan::parts(everything))
+                .map(|part| {
+                    let hold = &hold;
+                    async move {
+                        let deadline = Deadline::after(self.shared.config.read_timeout);
+                        self.ensure(hold, part, Urgency::Fill, deadline).await
+                    }
+                })
+                .buffered(PARTS_AT_ONCE)
+                .try_collect::<()>()
+                .await?;
+            if self.hash_what_came(&hold).await {
+                self.check()?;
+                return Ok(());
+            }
+            if hold.entry().is_none() {
+                break;
+            }
+        }
+        Err(BlobError::NoRoom {
+            digest: self.digest,
+            size: self.size,
+        })
+    }
+
+    /// What `range` holds, from cache and memory; `None` when some of it is not here.
+    fn look(
+        &self,
+        hold: &Hold,
+        range: ByteRange,
+        strict: bool,
+    ) -> Result<Option<Bytes>, BlobError> {
+        self.check()?;
+        if range.end() > self.size {
+            return Err(BlobError::OutOfBounds {
+                digest: self.digest,
+                size: self.size,
+                range,
+            });
+        }
+        if range.is_empty() {
+            return Ok(Some(Bytes::new()));
+        }
+        let entry = hold.entry();
+        if strict && !entry.as_ref().is_some_and(|entry| entry.is_sealed()) {
+            return Ok(None);
+        }
+        if let Some(entry) = &entry {
+            match entry.read(range) {
+                Ok(Some(bytes)) => return Ok(Some(bytes)),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache cannot be read")
+                }
+            }
+        }
+        let state = lock(&self.state);
+        if state.overlay.is_empty() {
+            return Ok(None);
+        }
+        let mut bytes = BytesMut::with_capacity(usize::try_from(range.len()).unwrap_or(0));
+        while (bytes.len() as u64) < range.len() {
+            let at = range.start() + bytes.len() as u64;
+            if let Some(piece) = state.overlay.read(at, range.end()) {
+                bytes.extend_from_slice(&piece);
+                continue;
+            }
+            let Some(entry) = &entry else { return Ok(None) };
+            let chunk =
+                ByteRange::new(at, (at / entry.chunk() + 1) * entry.chunk()).intersect(range);
+            match entry.read(chunk) {
+                Ok(Some(piece)) => bytes.extend_from_slice(&piece),
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some(bytes.freeze()))
+    }
+
+    /// An error once the content is known to be wrong.
+    pub(super) fn check(&self) -> Result<(), BlobError> {
+        match *self.verified.borrow() {
+            Verified::No { actual } => Err(BlobError::Corrupt {
+                digest: self.digest,
+                actual,
+            }),
+            Verified::Yes | Verified::NotYet => Ok(()),
+        }
+    }
+
+    /// What of `range` has to be fetched.
+    pub(super) fn missing(&self, hold: &Hold, range: ByteRange) -> Vec<ByteRange> {
+        if range.is_empty() {
+            return Vec::new();
+        }
+        let gaps = match hold.entry() {
+            Some(entry) => {
+                let gaps = entry.missing(range);
+                if gaps.is_empty() {
+                    return gaps;
+                }
+                // Another process may have brought it.
+                if let Err(error) = entry.refresh(range) {
+                    tracing::debug!(digest = %self.digest, error = %Chain(&error), "cannot look at the chunk map");
+                }
+                entry.missing(range)
+            }
+            None => vec![range.align(UNCACHED_CHUNK, self.size)],
+        };
+        lock(&self.state).overlay.missing(gaps)
+    }
+
+    /// Has `range` fetched, and returns when all of it is here.
+    async fn ensure(
+        self: &Arc<Self>,
+        hold: &Hold,
+        range: ByteRange,
+        urgency: Urgency,
+        mut deadline: Deadline,
+    ) -> Result<(), BlobError> {
+        let mut tries = 0;
+        let mut passed: Option<(Arc<Flight>, ByteRange)> = None;
+        loop {
+            self.check()?;
+            let gaps = self.missing(hold, range);
+            let Some(&gap) = gaps.first() else {
+                return Ok(());
+            };
+            if self.shared.config.offline {
+                return Err(BlobError::Offline {
+                    digest: self.digest,
+                    range,
+                });
+            }
+            let late = || BlobError::Deadline {
+                digest: self.digest,
+                range,
+            };
+            if deadline.passed() {
+                return Err(late());
+            }
+            let flight = self.launch(&gaps, urgency);
+            let mut progress = flight.watch();
+            let _waiting = (urgency == Urgency::Demand).then(|| {
+                flight.boost();
+                Waiting::new(&self.shared.waiting)
+            });
+            let arrived = gap.end().min(flight.range.end());
+            // A flight that is past the gap and has not filled it will not: the cache failed under it.
+            let in_vain = passed
+                .as_ref()
+                .is_some_and(|(last, at)| Arc::ptr_eq(last, &flight) && *at == gap);
+            loop {
+                let (at, ended) = {
+                    let now = progress.borrow_and_update();
+                    (now.at, now.ended.clone())
+                };
+                if let Some(Err(error)) = &ended {
+                    tries += 1;
+                    let no_room = matches!(error, BlobError::NoRoom { .. });
+                    // What a prefetch could not keep, a reader still gets through memory.
+                    if if no_room {
+                        urgency == Urgency::Fill
+                    } else {
+                        tries >= OWN_TRIES
+                    } {
+                        return Err(error.clone());
+                    }
+                }
+                if ended.is_some() || (at >= arrived && !in_vain) {
+                    break;
+                }
+                if timeout_at(deadline.instant().into(), progress.changed())
+                    .await
+                    .is_err()
+                {
+                    return Err(late());
+                }
+                if flight.whole {
+                    // The one stream has to come past everything before; while it moves there is hope.
+                    deadline = Deadline::after(self.shared.config.read_timeout);
+                }
+            }
+            passed = Some((flight, gap));
+        }
+    }
+
+    /// Begins what is needed for `gaps` beyond what is under way; returns the flight that brings the first byte.
+    fn launch(self: &Arc<Self>, gaps: &[ByteRange], urgency: Urgency) -> Arc<Flight> {
+        let mut state = lock(&self.state);
+        let mut begun = Vec::new();
+        let requests = if state.no_ranges {
+            match state.flights.iter().find(|flight| flight.whole) {
+                Some(flight) => return Arc::clone(flight),
+                None => vec![(ByteRange::new(0, self.size), true)],
+            }
+        } else {
+            let flying: Vec<_> = state.flights.iter().map(|flight| flight.range).collect();
+            plan::requests(gaps, &flying)
+                .into_iter()
+                .map(|range| (range, false))
+                .collect()
+        };
+        for (range, whole) in requests {
+            let flight = Flight::new(range, urgency, whole);
+            state.flights.push(Arc::clone(&flight));
+            begun.push(flight);
+        }
+        let first = gaps[0].start();
+        let covers = |flight: &&Arc<Flight>| flight.range.contains(ByteRange::at(first, 1));
+        let bringer = state.flights.iter().find(covers).map(Arc::clone);
+        drop(state);
+        for flight in begun {
+            self.fly(flight);
+        }
+        bringer.unwrap_or_else(|| unreachable!("what is missing and not under way was begun above"))
+    }
+
+    /// Tells the prefetcher of a read, and does what it advises.
+    fn note(self: &Arc<Self>, range: ByteRange) {
+        if self.shared.config.prefetch == Prefetch::None || self.shared.config.offline {
+            return;
+        }
+        if *self.verified.borrow() != Verified::NotYet {
+            return;
+        }
+        let Advice { ahead, everything } = {
+            let mut state = lock(&self.state);
+            if state
+                .no_room
+                .is_some_and(|at| at.elapsed() < PREFETCH_AGAIN_AFTER)
+            {
+                return;
+            }
+            state.prefetcher.read(range, self.size)
+        };
+        if let Some(ahead) = ahead {
+            let hold = self.hold();
+            let gaps = self.missing(&hold, ahead);
+            if !gaps.is_empty() {
+                self.launch(&gaps, Urgency::Window);
+            }
+        }
+        if everything && !self.filling.swap(true, Ordering::AcqRel) {
+            let _ = self.shared.events.send(Event::Wanted(self.digest));
+            let blob = Arc::clone(self);
+            self.shared.runtime.spawn(async move {
+                if let Err(error) = blob.complete().await {
+                    tracing::warn!(digest = %blob.digest, error = %Chain(&error), "cannot complete a blob");
+                    blob.filling.store(false, Ordering::Release);
+                }
+            });
+        }
+    }
+}
+
+/// Keeps a blob's cache entry open.
+#[derive(Debug)]
+pub struct Hold {
+    blob: Arc<LazyBlob>,
+}
+
+impl Hold {
+    /// The blob.
+    pub fn blob(&self) -> &Arc<LazyBlob> {
+        &self.blob
+    }
+
+    /// The blob's entry, unless the cache is of no use for it.
+    pub fn entry(&self) -> Option<Arc<Entry>> {
+        lock(&self.blob.slot).entry.clone()
+    }
+
+    /// Which opening of the blob this is.
+    pub(super) fn opening(&self) -> u64 {
+        lock(&self.blob.slot).opening
+    }
+}
+
+impl Clone for Hold {
+    fn clone(&self) -> Self {
+        self.blob.hold()
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut slot = lock(&self.blob.slot);
+        slot.holds -= 1;
+        if slot.holds == 0 {
+            let entry = slot.entry.take();
+            drop(slot);
+            drop(entry);
+            lock(&self.blob.state).overlay.clear();
+        }
+    }
+}
+
+/// Counts a reader that waits for a demand request.
+struct Waiting<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// How long filling in the background waits for readers before it goes on all the same.
+pub(super) const YIELD: Duration = Duration::from_secs(1);
+
+/// An error with all its causes on one line.
+pub(super) struct Chain<'a>(pub(super) &'a (dyn std::error::Error + 'a));
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! Lazy blobs: which bytes are here, which to fetch, in what order; verification; prefetch.
+//!
+//! A read, in the order of the files: [`LazyBlob::read`] (`lazy.rs`) looks into the cache; what is missing becomes requests
+//! (`plan.rs`, pure) that nobody else has under way, in this process (`flight.rs`) or another (the cache's claims); they run
+//! and fill the cache (`fetch.rs`), and the read goes on as soon as its own bytes are there. What else to fetch is decided in
+//! `prefetch.rs` (pure). A blob that is whole is hashed and sealed behind all this (`verify.rs`). Bytes that the cache
+//! cannot take are handed through memory (`overlay.rs`).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, broadcast, watch};
+
+mod fetch;
+mod flight;
+mod lazy;
+mod overlay;
+mod plan;
+mod prefetch;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+pub use lazy::{Hold, LazyBlob};
+
+use crate::base::{ByteRange, Digest, lock};
+use crate::cache::Cache;
+use crate::registry::{Registry, RegistryError, Repository};
+
+/// Requests for parts that run at a time, all blobs together. More connections bring nothing on any link that was
+/// measured, and registries limit them.
+const PARTS_AT_ONCE: usize = 4;
+/// Requests for what a reader waits for, beside those.
+const DEMANDS_AT_ONCE: usize = 32;
+
+/// What is fetched beside what is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Prefetch {
+    /// Nothing.
+    None,
+    /// A sequential reader's blob, ahead of it and then to its end.
+    Blob,
+    /// The whole model once weights are read in earnest.
+    #[default]
+    Model,
+}
+
+/// How blobs are read.
+#[derive(Clone, Debug)]
+pub struct BlobConfig {
+    /// See [`Prefetch`].
+    pub prefetch: Prefetch,
+    /// How long a read waits for bytes that do not come.
+    pub read_timeout: Duration,
+    /// Never ask a registry for anything.
+    pub offline: bool,
+    /// Serve nothing of a blob before all of it is here and has its digest.
+    pub strict: bool,
+}
+
+impl Default for BlobConfig {
+    fn default() -> Self {
+        Self {
+            prefetch: Prefetch::default(),
+            // An error here is SIGBUS in a process that maps the file, so patience is cheap.
+            read_timeout: Duration::from_secs(300),
+            offline: false,
+            strict: false,
+        }
+    }
+}
+
+/// What can go wrong in a read. Cheap to clone: every waiter of a failed request gets it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BlobError {
+    /// The registry could not deliver.
+    #[error("blob {digest}: bytes {range} could not be fetched")]
+    Fetch {
+        /// The blob.
+        digest: Digest,
+        /// The range.
+        range: ByteRange,
+        /// The cause.
+        #[source]
+        source: Arc<RegistryError>,
+    },
+    /// The whole blob came and does not have its digest.
+    #[error(
+        "blob {digest}: the content that the registry sent has digest {actual}; none of it is kept"
+    )]
+    Corrupt {
+        /// The digest that it should have.
+        digest: Digest,
+        /// The digest that it has.
+        actual: Digest,
+    },
+    /// The bytes are not in the cache, and no registry may be asked.
+    #[error("blob {digest}: bytes {range} are not in the cache, and ocifs is offline")]
+    Offline {
+        /// The blob.
+        digest: Digest,
+        /// The range.
+        range: ByteRange,
+    },
+    /// The deadline passed.
+    #[error("blob {digest}: bytes {range} did not come in time")]
+    Deadline {
+        /// The blob.
+        digest: Digest,
+        /// The range.
+        range: ByteRange,
+    },
+    /// The caller asked for bytes behind the end.
+    #[error("blob {digest} has {size} bytes, {range} is outside")]
+    OutOfBounds {
+        /// The blob.
+        digest: Digest,
+        /// Its size.
+        size: u64,
+        /// The range.
+        range: ByteRange,
+    },
+    /// The cache cannot keep the blob, so it cannot be completed.
+    #[error("blob {digest} ({size} bytes) does not fit into the cache beside what is in use there")]
+    NoRoom {
+        /// The blob.
+        digest: Digest,
+        /// Its size.
+        size: u64,
+    },
+}
+
+/// Whether a blob's content has its digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verified {
+    /// It has.
+    Yes,
+    /// Not known: not all of it is here, or it is being hashed.
+    NotYet,
+    /// It has not: reads fail.
+    No {
+        /// The digest that it has.
+        actual: Digest,
+    },
+}
+
+/// What happens to blobs, for the layers above.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A reader has shown that it wants all of this blob.
+    Wanted(Digest),
+    /// A blob is complete, verified and sealed.
+    Sealed(Digest),
+    /// A blob is complete and wrong; nothing of it may be served from any cache.
+    Corrupt(Digest),
+}
+
+/// All lazy blobs of this process; clones share them.
+#[derive(Clone, Debug)]
+pub struct Blobs {
+    shared: Arc<Shared>,
+}
+
+/// What all blobs have in common.
+#[derive(Debug)]
+struct Shared {
+    cache: Cache,
+    registry: Registry,
+    config: BlobConfig,
+    runtime: Handle,
+    table: Mutex<HashMap<(Digest, u64), Weak<LazyBlob>>>,
+    parts: Semaphore,
+    demands: Semaphore,
+    /// How many readers wait for a demand request now; filling in the background pauses meanwhile.
+    waiting: watch::Sender<usize>,
+    events: broadcast::Sender<Event>,
+}
+
+impl Blobs {
+    /// Joins a cache and a registry client.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn new(cache: Cache, registry: Registry, config: BlobConfig) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                cache,
+                registry,
+                config,
+                runtime: Handle::current(),
+                table: Mutex::default(),
+                parts: Semaphore::new(PARTS_AT_ONCE),
+                demands: Semaphore::new(DEMANDS_AT_ONCE),
+                waiting: watch::Sender::new(0),
+                events: broadcast::Sender::new(1024),
+            }),
+        }
+    }
+
+    /// The lazy blob with this digest and size, fetched from `repository` where it is not cached. Touches neither network nor disk.
+    pub fn open(&self, digest: Digest, size: u64, repository: &Repository) -> Arc<LazyBlob> {
+        let mut table = lock(&self.shared.table);
+        let known = table.get(&(digest, size)).and_then(Weak::upgrade);
+        let blob = known.unwrap_or_else(|| {
+            table.retain(|_, blob| blob.strong_count() > 0);
+            let blob = LazyBlob::new(Arc::clone(&self.shared), digest, size);
+            table.insert((digest, size), Arc::downgrade(&blob));
+            blob
+        });
+        drop(table);
+        blob.add_repository(repository);
+        blob
+    }
+
+    /// The cache below.
+    pub fn cache(&self) -> &Cache {
+        &self.shared.cache
+    }
+
+    /// The registry client below.
+    pub fn registry(&self) -> &Registry {
+        &self.shared.registry
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &BlobConfig {
+        &self.shared.config
+    }
+
+    /// Blobs that something refers to now.
+    pub fn live(&self) -> Vec<Arc<LazyBlob>> {
+        lock(&self.shared.table)
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect()
+    }
+
+    /// What happens from now on. A receiver that falls far behind misses the oldest events.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.shared.events.subscribe()
+    }
+}

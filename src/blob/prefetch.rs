@@ -1,0 +1,218 @@
+//! What to fetch ahead of a blob's readers. Pure: reads go in, a range to fetch comes out.
+//!
+//! The state belongs to the blob, not to a file handle: threads, tensor-parallel ranks and page faults of several
+//! processes share handles or have many, and what matters is where on the blob each of them moves on. A read that begins
+//! near where an earlier one ended carries that stream on. Its window starts small and doubles each time the reader has used
+//! up half of it; a reader that jumps about (a header here, a tensor there) never gets one.
+
+use crate::base::ByteRange;
+
+/// Streams that are told apart on one blob; the one that was idle the longest makes room for a new one.
+const STREAMS: usize = 16;
+/// A read this close behind or before the end of a stream belongs to it: the kernel's read-ahead reorders requests.
+const SLACK: u64 = 512 << 10;
+/// A stream gets a window once this much was read in order: more than a safetensors header and the odd small tensor.
+const EARNEST: u64 = 512 << 10;
+/// The first window.
+const FIRST_WINDOW: u64 = 4 << 20;
+/// The largest window: twice what a few connections carry at a time.
+const LARGEST_WINDOW: u64 = 64 << 20;
+/// A reader that read this much in order wants everything.
+const EVERYTHING: u64 = 16 << 20;
+
+/// What a read asks of the prefetcher.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Advice {
+    /// Fetch what is missing of this range; it may hold the read itself.
+    pub(super) ahead: Option<ByteRange>,
+    /// A reader has shown that it wants the whole blob.
+    pub(super) everything: bool,
+}
+
+/// The readers of one blob.
+#[derive(Debug, Default)]
+pub(super) struct Prefetcher {
+    streams: Vec<Stream>,
+    clock: u64,
+}
+
+#[derive(Debug)]
+struct Stream {
+    /// Where the next read is expected.
+    next: u64,
+    /// Bytes read in order.
+    run: u64,
+    window: u64,
+    /// Fetched or being fetched up to here.
+    issued: u64,
+    used: u64,
+}
+
+impl Prefetcher {
+    /// Takes note of a read of `range` on a blob of `size` bytes.
+    pub(super) fn read(&mut self, range: ByteRange, size: u64) -> Advice {
+        self.clock += 1;
+        let near = |stream: &Stream| {
+            range.start() <= stream.next.saturating_add(SLACK)
+                && range.start().saturating_add(SLACK) >= stream.next
+        };
+        let Some(stream) = self
+            .streams
+            .iter_mut()
+            .filter(|s| near(s))
+            .min_by_key(|s| s.next.abs_diff(range.start()))
+        else {
+            self.begin(range);
+            return Advice::default();
+        };
+        stream.used = self.clock;
+        // Only new ground counts, so that reading the same header again and again is no stream.
+        stream.run += range.end().saturating_sub(stream.next);
+        stream.next = stream.next.max(range.end());
+        if stream.run < EARNEST {
+            return Advice::default();
+        }
+        let everything = stream.run >= EVERYTHING;
+        let ahead = stream.issued.saturating_sub(stream.next);
+        if stream.window != 0 && ahead > stream.window / 2 {
+            return Advice {
+                ahead: None,
+                everything,
+            };
+        }
+        stream.window = (stream.window * 2).clamp(FIRST_WINDOW, LARGEST_WINDOW);
+        let from = stream.issued.max(range.start()).min(size);
+        stream.issued = stream.next.saturating_add(stream.window).min(size);
+        let ahead = ByteRange::new(from, stream.issued);
+        Advice {
+            ahead: Some(ahead).filter(|ahead| !ahead.is_empty()),
+            everything,
+        }
+    }
+
+    fn begin(&mut self, range: ByteRange) {
+        if self.streams.len() == STREAMS
+            && let Some(oldest) = (0..STREAMS).min_by_key(|&at| self.streams[at].used)
+        {
+            self.streams.swap_remove(oldest);
+        }
+        self.streams.push(Stream {
+            next: range.end(),
+            run: range.len(),
+            window: 0,
+            issued: 0,
+            used: self.clock,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIB: u64 = 1 << 10;
+    const MIB: u64 = 1 << 20;
+    const SIZE: u64 = 1 << 30;
+
+    /// Reads `len` bytes from `start` in steps as the kernel sends them; returns the end of what was asked for ahead.
+    fn stream(prefetcher: &mut Prefetcher, start: u64, len: u64) -> (u64, bool) {
+        let (mut end, mut everything) = (0, false);
+        for at in (start..start + len).step_by(128 << 10) {
+            let advice = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE);
+            if let Some(ahead) = advice.ahead {
+                assert!(
+                    end == 0 || ahead.start() == end,
+                    "the windows of a stream join"
+                );
+                end = ahead.end();
+            }
+            everything |= advice.everything;
+            assert!(
+                end == 0 || end > at + 128 * KIB,
+                "the window stays ahead of the reader"
+            );
+        }
+        (end, everything)
+    }
+
+    #[test]
+    fn a_sequential_reader_gets_a_growing_window() {
+        let mut prefetcher = Prefetcher::default();
+        assert_eq!(stream(&mut prefetcher, 0, 256 * KIB), (0, false));
+        let (end, _) = stream(&mut prefetcher, 256 * KIB, MIB);
+        assert!((2 * MIB..8 * MIB).contains(&end), "{end}");
+        let (end, everything) = stream(&mut prefetcher, MIB + 256 * KIB, 100 * MIB);
+        assert!(
+            end - 101 * MIB > 30 * MIB && end - 101 * MIB <= LARGEST_WINDOW + MIB,
+            "{end}"
+        );
+        assert!(everything);
+    }
+
+    #[test]
+    fn a_sparse_reader_gets_nothing() {
+        let mut prefetcher = Prefetcher::default();
+        for index in 0..1000u64 {
+            let at = index * 7_919 % 1000 * MIB;
+            assert_eq!(
+                prefetcher.read(ByteRange::at(at, 64 * KIB), SIZE),
+                Advice::default()
+            );
+        }
+        for _ in 0..1000 {
+            assert_eq!(
+                prefetcher.read(ByteRange::at(0, 64 * KIB), SIZE),
+                Advice::default(),
+                "the same header"
+            );
+        }
+    }
+
+    #[test]
+    fn interleaved_readers_each_have_their_own_window() {
+        let mut prefetcher = Prefetcher::default();
+        let mut ends = [0; 8];
+        for step in 0..64 {
+            for (reader, end) in ends.iter_mut().enumerate() {
+                let at = reader as u64 * 100 * MIB + step * 128 * KIB;
+                if let Some(ahead) = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE).ahead {
+                    *end = ahead.end();
+                }
+            }
+        }
+        for (reader, end) in ends.into_iter().enumerate() {
+            assert!(end > reader as u64 * 100 * MIB + 8 * MIB, "{reader}: {end}");
+        }
+    }
+
+    #[test]
+    fn requests_that_the_kernel_reorders_are_one_stream() {
+        let mut prefetcher = Prefetcher::default();
+        let mut asked = 0;
+        for pair in 0..40 {
+            for at in [2 * pair + 1, 2 * pair] {
+                asked += prefetcher
+                    .read(ByteRange::at(at * 128 * KIB, 128 * KIB), SIZE)
+                    .ahead
+                    .map_or(0, |a| a.len());
+            }
+        }
+        assert_eq!(prefetcher.streams.len(), 1);
+        assert!(asked > 8 * MIB);
+    }
+
+    #[test]
+    fn a_window_ends_with_the_blob() {
+        let mut prefetcher = Prefetcher::default();
+        let size = 3 * MIB + 5;
+        let mut end = 0;
+        for at in (0..size).step_by(128 << 10) {
+            let read = ByteRange::new(at, (at + 128 * KIB).min(size));
+            end = prefetcher
+                .read(read, size)
+                .ahead
+                .map_or(end, |ahead| ahead.end());
+        }
+        assert_eq!(end, size);
+    }
+}

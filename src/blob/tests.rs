@@ -1,0 +1,601 @@
+//! Lazy blobs against a real HTTP server on loopback that can misbehave.
+
+use std::path::Path;
+use std::sync::Mutex as StdMutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::base::Deadline;
+use crate::cache::CacheConfig;
+use crate::registry::RegistryConfig;
+
+/// How the server treats a blob request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Right,
+    /// 200 and the whole blob, whatever was asked.
+    NoRange,
+    /// The first requests end after this many bytes of their body.
+    Cut {
+        after: usize,
+        requests: usize,
+    },
+    /// The first requests are answered 503.
+    Unavailable {
+        requests: usize,
+    },
+    /// One byte of the blob is wrong.
+    Wrong {
+        at: usize,
+    },
+    /// There is no such blob.
+    Absent,
+    /// 64 KiB at a time with a pause in between.
+    Slow {
+        pause: Duration,
+    },
+}
+
+struct Server {
+    address: String,
+    log: Arc<StdMutex<Vec<ByteRange>>>,
+    sent: Arc<AtomicUsize>,
+}
+
+impl Server {
+    async fn start(content: Vec<u8>, manner: Manner) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let log = Arc::new(StdMutex::new(Vec::new()));
+        let (sent, count) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let content = Arc::new(content);
+        let (log2, sent2) = (Arc::clone(&log), Arc::clone(&sent));
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let (content, log, sent, count) = (
+                    Arc::clone(&content),
+                    Arc::clone(&log2),
+                    Arc::clone(&sent2),
+                    Arc::clone(&count),
+                );
+                tokio::spawn(async move {
+                    let _ = serve(socket, &content, manner, &log, &sent, &count).await;
+                });
+            }
+        });
+        Self { address, log, sent }
+    }
+
+    fn requests(&self) -> Vec<ByteRange> {
+        self.log.lock().unwrap().clone()
+    }
+
+    fn sent(&self) -> usize {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    fn repository(&self) -> Repository {
+        Repository::new(&self.address, "org/model").unwrap()
+    }
+}
+
+async fn serve(
+    mut socket: TcpStream,
+    content: &[u8],
+    manner: Manner,
+    log: &StdMutex<Vec<ByteRange>>,
+    sent: &AtomicUsize,
+    count: &AtomicUsize,
+) -> std::io::Result<()> {
+    let mut buffer = Vec::new();
+    loop {
+        while !buffer.windows(4).any(|window| window == b"\r\n\r\n") {
+            if socket.read_buf(&mut buffer).await? == 0 || !buffer[0].is_ascii_uppercase() {
+                return Ok(());
+            }
+        }
+        let head = String::from_utf8_lossy(&buffer).to_lowercase();
+        buffer.clear();
+        let asked = head.split("range: bytes=").nth(1).and_then(|rest| {
+            let (first, last) = rest.split("\r\n").next()?.split_once('-')?;
+            Some(ByteRange::new(
+                first.parse().ok()?,
+                last.parse::<u64>().ok()? + 1,
+            ))
+        });
+        let Some(range) = asked.filter(|_| head.contains("/blobs/")) else {
+            socket
+                .write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+                .await?;
+            continue;
+        };
+        log.lock().unwrap().push(range);
+        let nth = count.fetch_add(1, Ordering::Relaxed);
+        let mut body = content[range.start() as usize..range.end() as usize].to_vec();
+        let mut status = format!(
+            "206 Partial Content\r\ncontent-range: bytes {}-{}/{}",
+            range.start(),
+            range.end() - 1,
+            content.len()
+        );
+        let mut keep = usize::MAX;
+        let mut pause = Duration::ZERO;
+        match manner {
+            Manner::Right => {}
+            Manner::NoRange => {
+                body = content.to_vec();
+                status = "200 OK".into();
+            }
+            Manner::Cut { after, requests } if nth < requests => keep = after,
+            Manner::Unavailable { requests } if nth < requests => {
+                body.clear();
+                status = "503 Service Unavailable".into();
+            }
+            Manner::Cut { .. } | Manner::Unavailable { .. } => {}
+            Manner::Wrong { at } => {
+                if let Some(byte) = at
+                    .checked_sub(range.start() as usize)
+                    .and_then(|at| body.get_mut(at))
+                {
+                    *byte ^= 1;
+                }
+            }
+            Manner::Absent => {
+                body.clear();
+                status = "404 Not Found".into();
+            }
+            Manner::Slow { pause: length } => pause = length,
+        }
+        let head = format!(
+            "HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        socket.write_all(head.as_bytes()).await?;
+        for piece in body[..keep.min(body.len())].chunks(64 << 10) {
+            sent.fetch_add(piece.len(), Ordering::Relaxed);
+            socket.write_all(piece).await?;
+            tokio::time::sleep(pause).await;
+        }
+        if keep < body.len() {
+            return Ok(());
+        }
+    }
+}
+
+fn content(len: usize) -> Vec<u8> {
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+fn blobs(dir: &Path, limit: u64, config: BlobConfig) -> Blobs {
+    let cache = Cache::open(CacheConfig {
+        dir: dir.to_owned(),
+        limit,
+    })
+    .unwrap();
+    let registry = Registry::new(RegistryConfig {
+        plain_http: Vec::new(),
+        ca_files: Vec::new(),
+        auth_files: None,
+        connect_timeout: Duration::from_secs(5),
+        stall_timeout: Duration::from_secs(5),
+    })
+    .unwrap();
+    Blobs::new(cache, registry, config)
+}
+
+fn lazily() -> BlobConfig {
+    BlobConfig {
+        prefetch: Prefetch::None,
+        read_timeout: Duration::from_secs(20),
+        ..BlobConfig::default()
+    }
+}
+
+const BIG: u64 = 1 << 30;
+const MIB: usize = 1 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_fetches_what_it_needs_and_only_once() {
+    let bytes = content(20 * MIB + 77);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    assert!(blob.try_read(ByteRange::new(0, 1)).is_none());
+    assert_eq!(server.sent(), 0);
+    let range = ByteRange::new(5 * MIB as u64 + 3, 5 * MIB as u64 + 70_000);
+    assert_eq!(
+        blob.read(range).await.unwrap(),
+        bytes[5 * MIB + 3..5 * MIB + 70_000]
+    );
+    assert!(server.sent() <= 70_000 + 2 * 16384, "{}", server.sent());
+    let sent = server.sent();
+    assert_eq!(
+        blob.try_read(range).unwrap().unwrap(),
+        bytes[5 * MIB + 3..5 * MIB + 70_000]
+    );
+    assert_eq!(blob.read(range).await.unwrap().len(), 70_000 - 3);
+    assert_eq!(server.sent(), sent);
+    assert_eq!(blob.cached(), sent as u64);
+    let tail = ByteRange::new(20 * MIB as u64, bytes.len() as u64);
+    assert_eq!(blob.read(tail).await.unwrap(), bytes[20 * MIB..]);
+    assert!(matches!(
+        blob.read(ByteRange::new(0, bytes.len() as u64 + 1)).await,
+        Err(BlobError::OutOfBounds { .. })
+    ));
+    assert_eq!(blob.read(ByteRange::new(7, 7)).await.unwrap(), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_readers_of_one_blob_cause_one_fetch() {
+    let bytes = content(12 * MIB);
+    let server = Server::start(
+        bytes.clone(),
+        Manner::Slow {
+            pause: Duration::from_millis(1),
+        },
+    )
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    // Two of everything: two processes on one cache.
+    let processes = [
+        blobs(dir.path(), BIG, lazily()),
+        blobs(dir.path(), BIG, BlobConfig::default()),
+    ];
+    let mut readers = Vec::new();
+    for reader in 0..8 {
+        let blob = processes[reader % 2].open(
+            Digest::of(&bytes),
+            bytes.len() as u64,
+            &server.repository(),
+        );
+        let bytes = bytes.clone();
+        readers.push(tokio::spawn(async move {
+            for at in (0..bytes.len()).step_by(MIB) {
+                let range = ByteRange::at(at as u64, MIB as u64);
+                assert_eq!(blob.read(range).await.unwrap(), bytes[at..at + MIB]);
+            }
+        }));
+    }
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    assert_eq!(server.sent(), bytes.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_completed_blob_is_verified_sealed_and_served_from_the_layout() {
+    let bytes = content(30 * MIB + 1);
+    let digest = Digest::of(&bytes);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let blobs = blobs(dir.path(), BIG, lazily());
+        let mut events = blobs.events();
+        let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
+        assert_eq!(blob.verified(), Verified::NotYet);
+        blob.read(ByteRange::new(9 * MIB as u64, 10 * MIB as u64))
+            .await
+            .unwrap();
+        blob.complete().await.unwrap();
+        assert_eq!(blob.verified(), Verified::Yes);
+        assert_eq!(events.recv().await.unwrap(), Event::Sealed(digest));
+        assert_eq!(
+            server.sent(),
+            bytes.len(),
+            "what was there is not fetched again"
+        );
+        assert!(
+            server
+                .requests()
+                .iter()
+                .all(|range| range.len() <= plan::PART)
+        );
+    }
+    assert_eq!(
+        std::fs::read(dir.path().join("blobs/sha256").join(digest.hex())).unwrap(),
+        bytes
+    );
+    let offline = blobs(
+        dir.path(),
+        BIG,
+        BlobConfig {
+            offline: true,
+            ..lazily()
+        },
+    );
+    let blob = offline.open(digest, bytes.len() as u64, &server.repository());
+    assert_eq!(
+        blob.read(ByteRange::new(0, bytes.len() as u64))
+            .await
+            .unwrap(),
+        bytes
+    );
+    let other = offline.open(Digest::of(b"?"), 5, &server.repository());
+    assert!(matches!(
+        other.read(ByteRange::new(0, 5)).await,
+        Err(BlobError::Offline { .. })
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_content_is_never_sealed_and_an_error_once_known() {
+    let bytes = content(3 * MIB);
+    let digest = Digest::of(&bytes);
+    let server = Server::start(bytes.clone(), Manner::Wrong { at: MIB }).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let mut events = blobs.events();
+    let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
+    assert_eq!(
+        blob.read(ByteRange::new(0, 100)).await.unwrap(),
+        bytes[..100],
+        "served before it can be known"
+    );
+    assert!(matches!(
+        blob.complete().await,
+        Err(BlobError::Corrupt { .. })
+    ));
+    assert!(matches!(
+        blob.try_read(ByteRange::new(0, 100)),
+        Some(Err(BlobError::Corrupt { .. }))
+    ));
+    assert!(matches!(
+        blob.read(ByteRange::new(0, 100)).await,
+        Err(BlobError::Corrupt { .. })
+    ));
+    assert_eq!(events.recv().await.unwrap(), Event::Corrupt(digest));
+    assert!(!blobs.cache().is_sealed(&digest));
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("ocifs/partial"))
+            .unwrap()
+            .count(),
+        0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_serves_nothing_before_all_is_right() {
+    let bytes = content(3 * MIB);
+    let strict = BlobConfig {
+        strict: true,
+        ..lazily()
+    };
+    for (manner, right) in [
+        (Manner::Right, true),
+        (Manner::Wrong { at: 2 * MIB }, false),
+    ] {
+        let server = Server::start(bytes.clone(), manner).await;
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = blobs(dir.path(), BIG, strict.clone());
+        let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+        assert_eq!(blob.read(ByteRange::new(0, 9)).await.is_ok(), right);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_ranges_sends_the_blob_once() {
+    let bytes = content(9 * MIB);
+    let server = Server::start(bytes.clone(), Manner::NoRange).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let mut readers = Vec::new();
+    for part in [8, 0, 4, 7, 2] {
+        let (blob, bytes) = (Arc::clone(&blob), bytes.clone());
+        readers.push(tokio::spawn(async move {
+            let range = ByteRange::at((part * MIB) as u64, MIB as u64);
+            assert_eq!(
+                blob.read(range).await.unwrap(),
+                bytes[part * MIB..(part + 1) * MIB]
+            );
+        }));
+    }
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    blob.complete().await.unwrap();
+    // Requests that were under way before the first answer are dropped at their heads; some of their bytes left the server.
+    assert!(
+        server.sent() < 2 * bytes.len() + 5 * MIB,
+        "{}",
+        server.sent()
+    );
+    assert_eq!(blob.received(), bytes.len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_are_cut_off_are_continued() {
+    let bytes = content(10 * MIB);
+    for manner in [
+        Manner::Cut {
+            after: 100_000,
+            requests: 20,
+        },
+        Manner::Cut {
+            after: 0,
+            requests: 3,
+        },
+        Manner::Unavailable { requests: 2 },
+    ] {
+        let server = Server::start(bytes.clone(), manner).await;
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = blobs(dir.path(), BIG, lazily());
+        let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+        assert_eq!(
+            blob.read(ByteRange::new(0, bytes.len() as u64))
+                .await
+                .unwrap(),
+            bytes,
+            "{manner:?}"
+        );
+        assert_eq!(server.sent(), bytes.len(), "nothing twice: {manner:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_there_is_an_error_soon() {
+    let bytes = content(MIB);
+    let server = Server::start(bytes.clone(), Manner::Absent).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let read = tokio::time::timeout(Duration::from_secs(5), blob.read(ByteRange::new(0, 10)))
+        .await
+        .unwrap();
+    assert!(matches!(read, Err(BlobError::Fetch { source, .. }) if source.is_not_found()));
+    // The other repository has it.
+    let other = Server::start(bytes.clone(), Manner::Right).await;
+    blobs.open(Digest::of(&bytes), bytes.len() as u64, &other.repository());
+    assert_eq!(blob.read(ByteRange::new(0, 10)).await.unwrap(), bytes[..10]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_gets_nothing_ends_by_its_deadline() {
+    let bytes = content(MIB);
+    let server = Server::start(
+        bytes.clone(),
+        Manner::Slow {
+            pause: Duration::from_secs(60),
+        },
+    )
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(
+        dir.path(),
+        BIG,
+        BlobConfig {
+            read_timeout: Duration::from_secs(1),
+            ..lazily()
+        },
+    );
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let read = tokio::time::timeout(
+        Duration::from_secs(5),
+        blob.read(ByteRange::new(0, 500_000)),
+    )
+    .await
+    .unwrap();
+    assert!(matches!(read, Err(BlobError::Deadline { .. })), "{read:?}");
+    let soon = Deadline::after(Duration::from_millis(200));
+    let peek = tokio::time::timeout(
+        Duration::from_secs(2),
+        blob.peek(ByteRange::new(500_000, 500_010), soon),
+    )
+    .await;
+    assert!(matches!(peek.unwrap(), Err(BlobError::Deadline { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_larger_than_the_cache_streams_through() {
+    let bytes = content(24 * MIB);
+    for manner in [Manner::Right, Manner::NoRange] {
+        let server = Server::start(bytes.clone(), manner).await;
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = blobs(
+            dir.path(),
+            4 * MIB as u64,
+            BlobConfig {
+                prefetch: Prefetch::Model,
+                ..lazily()
+            },
+        );
+        let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+        for at in (0..bytes.len()).step_by(MIB) {
+            let range = ByteRange::at(at as u64, MIB as u64);
+            assert_eq!(
+                blob.read(range).await.unwrap(),
+                bytes[at..at + MIB],
+                "{manner:?}"
+            );
+        }
+        assert!(
+            matches!(blob.complete().await, Err(BlobError::NoRoom { .. })),
+            "{manner:?}"
+        );
+        let usage = blobs.cache().usage();
+        assert!(usage.allocated <= usage.limit, "{usage:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sequential_reader_is_kept_ahead_and_then_gets_everything() {
+    let bytes = content(64 * MIB);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(
+        dir.path(),
+        BIG,
+        BlobConfig {
+            prefetch: Prefetch::Blob,
+            ..lazily()
+        },
+    );
+    let mut events = blobs.events();
+    let digest = Digest::of(&bytes);
+    let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    for at in (0..20 * MIB).step_by(128 << 10) {
+        let range = ByteRange::at(at as u64, 128 << 10);
+        let read = match blob.try_read(range) {
+            Some(read) => read,
+            None => blob.read(range).await,
+        };
+        assert_eq!(read.unwrap(), bytes[at..at + (128 << 10)]);
+    }
+    assert_eq!(events.recv().await.unwrap(), Event::Wanted(digest));
+    assert_eq!(events.recv().await.unwrap(), Event::Sealed(digest));
+    assert_eq!(server.sent(), bytes.len());
+    assert!(server.requests().len() < 30, "{:?}", server.requests());
+    drop(hold);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_evicted_blob_is_hashed_anew() {
+    let bytes = content(2 * MIB);
+    let digest = Digest::of(&bytes);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
+    blob.complete().await.unwrap();
+    // Tasks that have done their work may hold the blob for a moment longer.
+    let mut tries = 0;
+    while let Err(error) = blobs.cache().remove(&digest) {
+        assert!(tries < 200, "{error}");
+        tries += 1;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(blob.read(ByteRange::new(0, 10)).await.unwrap(), bytes[..10]);
+    assert_eq!(blob.verified(), Verified::NotYet);
+    blob.complete().await.unwrap();
+    assert!(blobs.cache().is_sealed(&digest));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_blob_needs_no_request() {
+    let server = Server::start(vec![0], Manner::Absent).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(Digest::of(b""), 0, &server.repository());
+    assert_eq!(blob.read(ByteRange::new(0, 0)).await.unwrap(), "");
+    blob.complete().await.unwrap();
+    let lie = blobs.open(Digest::of(b"x"), 0, &server.repository());
+    assert!(matches!(
+        lie.complete().await,
+        Err(BlobError::Corrupt { .. })
+    ));
+    assert_eq!(server.requests(), []);
+}
