@@ -3,4 +3,5 @@
 pub mod base;
 pub mod blob;
 pub mod cache;
+pub mod model;
 pub mod registry;

@@ -1,0 +1,60 @@
+//! What goes on behind readers: completing the model that one of them wants, and naming in the cache what is whole.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+
+use futures_util::{StreamExt as _, stream};
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{Model, Models};
+use crate::base::{Digest, lock};
+use crate::blob::{Event, Prefetch};
+
+/// Blobs of one model that are completed side by side: the next one's bytes come while the last one's hash is finished.
+const SIDE_BY_SIDE: usize = 2;
+
+impl Models {
+    /// Looks after models until the process ends: with [`Prefetch::Model`], once a reader wants all of a weight file, the rest
+    /// of its model is completed in manifest order; and what has become whole is entered in the cache's `index.json`.
+    pub async fn tend(self) {
+        let mut events = self.blobs().events();
+        let completing: Arc<Mutex<HashSet<Digest>>> = Arc::default();
+        loop {
+            match events.recv().await {
+                Ok(Event::Wanted(blob)) if self.blobs().config().prefetch == Prefetch::Model => {
+                    for model in self.with_blob(blob) {
+                        if lock(&completing).insert(model.digest) {
+                            let completing = Arc::clone(&completing);
+                            tokio::spawn(async move {
+                                complete(&model).await;
+                                lock(&completing).remove(&model.digest);
+                            });
+                        }
+                    }
+                }
+                Ok(Event::Sealed(_)) => self.publish_completed().await,
+                // Too much happened at once; what was missed is found with the next event of the same model.
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+
+    /// The models in use that have this blob.
+    fn with_blob(&self, digest: Digest) -> Vec<Arc<Model>> {
+        let mut models = self.in_use();
+        models.retain(|model| model.blobs.iter().any(|blob| blob.digest() == digest));
+        models
+    }
+}
+
+async fn complete(model: &Model) {
+    tracing::info!(digest = %model.digest, bytes = model.size(), "completing a model that is being read");
+    stream::iter(&model.blobs)
+        .for_each_concurrent(SIDE_BY_SIDE, |blob| async move {
+            if let Err(error) = blob.complete().await {
+                tracing::warn!(digest = %blob.digest(), %error, "cannot be completed in the background");
+            }
+        })
+        .await;
+}

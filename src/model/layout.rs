@@ -1,0 +1,454 @@
+//! From steps to paths: which file stands where, what is hidden, and what is said about it. Pure.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use bytes::Bytes;
+
+use super::convention::{Clash, Role, Step};
+use super::manifest::Manifest;
+use super::names;
+use super::notes::{Notes, quote};
+use super::tar::{Listing, TarError};
+
+/// Most files of a model.
+pub(super) const MOST_FILES: usize = 200_000;
+/// Most notes of a model.
+const MOST_NOTES: usize = 200;
+
+/// Where a file's bytes come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// From a layer, from this offset on.
+    Layer {
+        /// The layer's index in the manifest.
+        layer: usize,
+        /// The first byte's offset in the layer.
+        offset: u64,
+    },
+    /// From memory.
+    Made(Bytes),
+}
+
+/// A file without its path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Placed {
+    /// Size in bytes.
+    pub(super) size: u64,
+    /// Where its bytes are.
+    pub(super) source: Source,
+}
+
+/// A model's files while they are laid out.
+#[derive(Debug)]
+pub(super) struct Layout {
+    /// Files by path; no path lies below another.
+    pub(super) files: BTreeMap<String, Placed>,
+    /// All ancestors of the files.
+    directories: HashSet<String>,
+    /// Layers to show under `.oci/blobs`.
+    pub(super) hidden: BTreeSet<usize>,
+    /// What is worth saying.
+    pub(super) notes: Notes,
+    /// Why the artifact cannot be used although some of its files may be laid out.
+    pub(super) problem: Option<String>,
+}
+
+/// What a path is taken by.
+enum Taken {
+    File,
+    Directory,
+    /// By a file where the path has a directory.
+    FileAbove(String),
+}
+
+/// Carries out the steps. `tars` has the listing of each tar layer that a step names, by layer; `shard_names` the names
+/// of nameless shards in the order of their steps: without them they are left out.
+pub(super) fn lay_out(
+    manifest: &Manifest,
+    steps: &[Step],
+    tars: &BTreeMap<usize, Result<Listing, TarError>>,
+    shard_names: Option<&[String]>,
+) -> Layout {
+    let mut layout = Layout {
+        files: BTreeMap::new(),
+        directories: HashSet::new(),
+        hidden: BTreeSet::new(),
+        notes: Notes::new(MOST_NOTES),
+        problem: None,
+    };
+    let mut shard_names = shard_names.map(|names| names.iter());
+    for step in steps {
+        let Some(layer) = manifest.layers.get(step.layer) else {
+            continue;
+        };
+        let whole = Placed {
+            size: layer.size,
+            source: Source::Layer {
+                layer: step.layer,
+                offset: 0,
+            },
+        };
+        match &step.role {
+            Role::File(name) => match names::annotated(name) {
+                Ok(path) => layout.place(manifest, path, whole, step),
+                Err(why) => {
+                    let why = format!("its name {} can't be used: {why}", quote(name));
+                    layout.hide(manifest, step.layer, Some(&why));
+                }
+            },
+            Role::NamelessShard => {
+                if let Some(names) = &mut shard_names {
+                    match names.next() {
+                        Some(path) => layout.place(manifest, path.clone(), whole, step),
+                        None => layout.hide(manifest, step.layer, Some("it has no name")),
+                    }
+                }
+            }
+            Role::Tar { required, .. } => match tars.get(&step.layer) {
+                Some(Ok(listing)) => layout.place_members(manifest, listing, step),
+                Some(Err(error)) => {
+                    let why = format!("it can't be read as a tar: {error}");
+                    layout.hide(manifest, step.layer, Some(&why));
+                    if *required {
+                        layout.problem.get_or_insert_with(|| {
+                            format!("{}: {why}", describe(manifest, step.layer))
+                        });
+                    }
+                }
+                None => layout.hide(manifest, step.layer, None),
+            },
+            Role::Hidden(why) => layout.hide(manifest, step.layer, why.as_deref()),
+        }
+        if layout.files.len() > MOST_FILES {
+            layout.problem = Some(format!("it has more than {MOST_FILES} files"));
+            break;
+        }
+    }
+    layout
+}
+
+impl Layout {
+    /// The paths that are taken.
+    pub(super) fn paths(&self) -> BTreeSet<&str> {
+        self.files.keys().map(String::as_str).collect()
+    }
+
+    /// Shows a layer under `.oci/blobs` only; the reason, if there is one, becomes a note.
+    fn hide(&mut self, manifest: &Manifest, layer: usize, why: Option<&str>) {
+        self.hidden.insert(layer);
+        if let Some(why) = why {
+            self.notes
+                .add(format!("{}: {why}", describe(manifest, layer)));
+        }
+    }
+
+    fn place_members(&mut self, manifest: &Manifest, listing: &Listing, step: &Step) {
+        let tar = describe(manifest, step.layer);
+        self.notes
+            .extend(listing.notes.iter().map(|note| format!("{tar}: {note}")));
+        // Within one tar the last entry of a name counts, as when it is unpacked.
+        let mut last = BTreeMap::new();
+        for (n, member) in listing.members.iter().enumerate() {
+            if last.insert(member.path.as_str(), n).is_some() {
+                self.notes.add(format!(
+                    "{tar}: has {} more than once; the last counts",
+                    quote(&member.path)
+                ));
+            }
+        }
+        for (n, member) in listing.members.iter().enumerate() {
+            if last.get(member.path.as_str()) == Some(&n) {
+                let source = Source::Layer {
+                    layer: step.layer,
+                    offset: member.offset,
+                };
+                self.place(
+                    manifest,
+                    member.path.clone(),
+                    Placed {
+                        size: member.size,
+                        source,
+                    },
+                    step,
+                );
+            }
+        }
+    }
+
+    fn place(&mut self, manifest: &Manifest, path: String, file: Placed, step: &Step) {
+        let by = || describe(manifest, step.layer);
+        match self.taken(&path) {
+            None => self.insert(path, file),
+            Some(Taken::File) if self.is_same(manifest, &path, &file) => {}
+            Some(Taken::File) if step.clash == Clash::Replace => {
+                self.notes.add(format!(
+                    "{}: replaces {} of an earlier layer",
+                    by(),
+                    quote(&path)
+                ));
+                let old = self.files.insert(path, file);
+                if let Some(Placed {
+                    source: Source::Layer { layer, .. },
+                    ..
+                }) = old
+                    && layer != step.layer
+                {
+                    self.hidden.insert(layer);
+                }
+            }
+            Some(taken) => {
+                let why = match taken {
+                    Taken::File => "an earlier one stays in its place".to_owned(),
+                    Taken::Directory => "there is a directory of that name".to_owned(),
+                    Taken::FileAbove(file) => format!("{} is a file", quote(&file)),
+                };
+                self.notes
+                    .add(format!("{}: left out {}: {why}", by(), quote(&path)));
+                self.hidden.insert(step.layer);
+            }
+        }
+    }
+
+    /// Puts a file on a path that is free.
+    fn insert(&mut self, path: String, file: Placed) {
+        for parent in ancestors(&path) {
+            if !self.directories.insert(parent.to_owned()) {
+                break;
+            }
+        }
+        self.files.insert(path, file);
+    }
+
+    /// Puts a file that ocifs made on a top-level path unless the path is taken.
+    pub(super) fn add_made(&mut self, path: &str, content: Bytes) {
+        if self.taken(path).is_none() {
+            let size = content.len() as u64;
+            self.insert(
+                path.to_owned(),
+                Placed {
+                    size,
+                    source: Source::Made(content),
+                },
+            );
+        }
+    }
+
+    fn taken(&self, path: &str) -> Option<Taken> {
+        if self.files.contains_key(path) {
+            return Some(Taken::File);
+        }
+        if self.directories.contains(path) {
+            return Some(Taken::Directory);
+        }
+        ancestors(path)
+            .find(|parent| self.files.contains_key(*parent))
+            .map(|file| Taken::FileAbove(file.to_owned()))
+    }
+
+    /// Whether a file with the same bytes is there: the same part of a blob with the same digest.
+    fn is_same(&self, manifest: &Manifest, path: &str, file: &Placed) -> bool {
+        let Some(there) = self.files.get(path) else {
+            return false;
+        };
+        match (&there.source, &file.source) {
+            (
+                Source::Layer {
+                    layer: a,
+                    offset: at_a,
+                },
+                Source::Layer {
+                    layer: b,
+                    offset: at_b,
+                },
+            ) => {
+                manifest.layers[*a].digest == manifest.layers[*b].digest
+                    && at_a == at_b
+                    && there.size == file.size
+            }
+            _ => false,
+        }
+    }
+}
+
+/// `a/b` and `a` for `a/b/c`: the directories above a path, the nearest first.
+fn ancestors(path: &str) -> impl Iterator<Item = &str> {
+    path.rmatch_indices('/').map(|(at, _)| &path[..at])
+}
+
+/// A layer in a note: `layer 2 (application/…, sha256:…)`.
+fn describe(manifest: &Manifest, layer: usize) -> String {
+    let descriptor = &manifest.layers[layer];
+    let hex = descriptor.digest.hex();
+    format!(
+        "layer {} ({}, sha256:{}…)",
+        layer + 1,
+        quote(&descriptor.media_type),
+        &hex[..12]
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::tar::Member;
+    use super::*;
+
+    const RAW: &str = "application/octet-stream";
+
+    fn file(layer: usize, name: &str) -> Step {
+        Step {
+            layer,
+            role: Role::File(name.into()),
+            clash: Clash::KeepFirst,
+        }
+    }
+
+    fn tar(layer: usize, clash: Clash) -> Step {
+        Step {
+            layer,
+            role: Role::Tar {
+                required: true,
+                whole_up_to: 0,
+            },
+            clash,
+        }
+    }
+
+    fn listing(paths: &[&str]) -> Result<Listing, TarError> {
+        let member = |(n, path): (usize, &&str)| Member {
+            path: (*path).into(),
+            offset: 512 * n as u64,
+            size: 1,
+        };
+        Ok(Listing {
+            members: paths.iter().enumerate().map(member).collect(),
+            notes: vec![],
+            entries: 0,
+        })
+    }
+
+    fn manifest(layers: usize) -> Manifest {
+        Manifest::for_tests(&vec![(RAW, 10, &[][..]); layers])
+    }
+
+    fn source(layout: &Layout, path: &str) -> (usize, u64) {
+        match layout.files[path].source {
+            Source::Layer { layer, offset } => (layer, offset),
+            Source::Made(_) => panic!(),
+        }
+    }
+
+    #[test]
+    fn the_first_file_on_a_path_stays_and_the_second_is_not_lost() {
+        let steps = [
+            file(0, "a"),
+            file(1, "a"),
+            file(2, "a/b"),
+            file(3, "d/e"),
+            file(4, "d"),
+            file(5, "../../f"),
+            file(6, "/g"),
+        ];
+        let layout = lay_out(&manifest(7), &steps, &BTreeMap::new(), None);
+        assert_eq!(layout.paths(), BTreeSet::from(["a", "d/e", "f"]));
+        assert_eq!(source(&layout, "a"), (0, 0));
+        assert_eq!(layout.hidden, BTreeSet::from([1, 2, 4, 6]));
+        let notes = layout.notes.into_lines();
+        for (note, part) in notes.iter().zip([
+            "stays in its place",
+            "`a` is a file",
+            "directory of that name",
+            "absolute",
+        ]) {
+            assert!(note.contains(part), "{note}");
+        }
+        assert_eq!(notes.len(), 4);
+    }
+
+    #[test]
+    fn the_same_blob_twice_on_one_path_is_no_clash() {
+        let mut manifest = manifest(2);
+        manifest.layers[1] = manifest.layers[0].clone();
+        let layout = lay_out(
+            &manifest,
+            &[file(0, "a"), file(1, "a")],
+            &BTreeMap::new(),
+            None,
+        );
+        assert!(layout.hidden.is_empty() && layout.notes.into_lines().is_empty());
+    }
+
+    #[test]
+    fn a_tar_replaces_only_where_the_convention_says_so() {
+        let tars = BTreeMap::from([
+            (1, listing(&["a", "b", "b"])),
+            (2, listing(&["a", "b", "c"])),
+        ]);
+        let steps = [
+            file(0, "a"),
+            tar(1, Clash::Replace),
+            tar(2, Clash::KeepFirst),
+        ];
+        let layout = lay_out(&manifest(3), &steps, &tars, None);
+        assert_eq!(
+            ["a", "b", "c"].map(|path| source(&layout, path)),
+            [(1, 0), (1, 1024), (2, 1024)]
+        );
+        assert_eq!(layout.hidden, BTreeSet::from([0, 2]));
+        assert_eq!(layout.notes.into_lines().len(), 4);
+    }
+
+    #[test]
+    fn a_damaged_tar_is_shown_as_a_blob_and_spoils_the_model_if_it_is_needed() {
+        let tars = BTreeMap::from([(0, Err(TarError::TooLarge("100000 members")))]);
+        let layout = lay_out(&manifest(1), &[tar(0, Clash::Replace)], &tars, None);
+        assert_eq!(layout.hidden, BTreeSet::from([0]));
+        assert!(layout.problem.unwrap().contains("100000 members"));
+        let optional = Step {
+            role: Role::Tar {
+                required: false,
+                whole_up_to: 0,
+            },
+            ..tar(0, Clash::KeepFirst)
+        };
+        assert_eq!(
+            lay_out(&manifest(1), &[optional], &tars, None).problem,
+            None
+        );
+    }
+
+    #[test]
+    fn too_many_files_are_a_problem() {
+        let paths: Vec<String> = (0..MOST_FILES / 2 + 1).map(|n| n.to_string()).collect();
+        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let below: Vec<String> = paths.iter().map(|path| format!("x/{path}")).collect();
+        let below: Vec<&str> = below.iter().map(String::as_str).collect();
+        let tars = BTreeMap::from([(0, listing(&paths)), (1, listing(&below))]);
+        let layout = lay_out(
+            &manifest(2),
+            &[tar(0, Clash::Replace), tar(1, Clash::Replace)],
+            &tars,
+            None,
+        );
+        assert!(layout.problem.unwrap().contains("200000 files"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_path_lies_below_another_and_every_layer_is_seen(
+            steps in proptest::collection::vec(("[ab]{1}(/[ab]{1}){0,3}", any::<bool>()), 1..12),
+        ) {
+            let manifest = manifest(steps.len());
+            let steps: Vec<Step> = steps.iter().enumerate().map(|(n, (name, replace))| {
+                Step { clash: if *replace { Clash::Replace } else { Clash::KeepFirst }, ..file(n, name) }
+            }).collect();
+            let layout = lay_out(&manifest, &steps, &BTreeMap::new(), None);
+            for path in layout.files.keys() {
+                prop_assert!(ancestors(path).all(|parent| !layout.files.contains_key(parent)));
+            }
+            let shown: BTreeSet<usize> = layout.files.keys().map(|path| source(&layout, path).0).chain(layout.hidden.iter().copied()).collect();
+            prop_assert_eq!(shown.len(), steps.len());
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! Manifests: OCI image manifests, Docker's schema 2, and indexes of them (image-spec manifest.md, image-index.md).
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::Digest;
+
+use super::notes::quote;
+
+/// Most layers of a manifest and most manifests of an index.
+const MOST_DESCRIPTORS: usize = 20_000;
+/// Longest annotation key or value in bytes; longer ones are not kept.
+const LONGEST_ANNOTATION: usize = 64 << 10;
+/// Sizes are signed 64-bit numbers in the specification.
+const LARGEST: u64 = i64::MAX as u64;
+
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// What a manifest says, as far as it matters here. `urls` and `data` of descriptors are not looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Manifest {
+    /// Its own media type.
+    pub media_type: String,
+    /// Its `artifactType`.
+    pub artifact_type: Option<String>,
+    /// The config.
+    pub config: Descriptor,
+    /// The layers, in order.
+    pub layers: Vec<Descriptor>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// One descriptor (image-spec descriptor.md).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Descriptor {
+    /// The media type, empty when there is none.
+    pub media_type: String,
+    /// The digest.
+    pub digest: Digest,
+    /// The size in bytes.
+    pub size: u64,
+    /// The annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// The `artifactType` of a manifest in an index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// `os/architecture` of a manifest in an index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
+}
+
+impl Descriptor {
+    /// The annotation under this key, unless it is empty.
+    pub(super) fn annotation(&self, key: &str) -> Option<&str> {
+        self.annotations
+            .get(key)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+}
+
+/// What the bytes behind a digest are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Document {
+    /// A manifest.
+    Manifest(Box<Manifest>),
+    /// The manifests of an index.
+    Index(Vec<Descriptor>),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDocument {
+    schema_version: Option<u64>,
+    media_type: Option<String>,
+    artifact_type: Option<String>,
+    config: Option<RawDescriptor>,
+    layers: Option<Vec<RawDescriptor>>,
+    manifests: Option<Vec<RawDescriptor>>,
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDescriptor {
+    media_type: Option<String>,
+    digest: Digest,
+    size: u64,
+    annotations: Option<BTreeMap<String, String>>,
+    artifact_type: Option<String>,
+    platform: Option<RawPlatform>,
+}
+
+#[derive(Deserialize)]
+struct RawPlatform {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+}
+
+impl RawDescriptor {
+    fn into_descriptor(self) -> Descriptor {
+        Descriptor {
+            media_type: self.media_type.unwrap_or_default(),
+            digest: self.digest,
+            size: self.size,
+            annotations: bounded(self.annotations),
+            artifact_type: self.artifact_type.filter(|text| !text.is_empty()),
+            platform: self
+                .platform
+                .map(|platform| format!("{}/{}", platform.os, platform.architecture)),
+        }
+    }
+}
+
+fn bounded(annotations: Option<BTreeMap<String, String>>) -> BTreeMap<String, String> {
+    let mut annotations = annotations.unwrap_or_default();
+    annotations
+        .retain(|key, value| key.len() <= LONGEST_ANNOTATION && value.len() <= LONGEST_ANNOTATION);
+    annotations
+}
+
+/// Parses a manifest or an index; `media_type` is what the registry called it, for those that don't say themselves.
+///
+/// The error is a reason for people.
+pub(super) fn parse(bytes: &[u8], media_type: &str) -> Result<Document, String> {
+    let raw: RawDocument = serde_json::from_slice(bytes)
+        .map_err(|error| format!("its manifest can't be understood: {error}"))?;
+    if raw.schema_version == Some(1) {
+        return Err("its manifest has Docker's schema 1, which ocifs does not read; push it again with a newer tool".into());
+    }
+    match (raw.config, raw.layers, raw.manifests) {
+        (Some(config), layers, None) => {
+            let media_type = raw.media_type.unwrap_or_else(|| media_type.to_owned());
+            let manifest = Manifest {
+                media_type: if media_type.is_empty() { OCI_MANIFEST.to_owned() } else { media_type },
+                artifact_type: raw.artifact_type.filter(|text| !text.is_empty()),
+                config: config.into_descriptor(),
+                layers: descriptors(layers.unwrap_or_default())?,
+                annotations: bounded(raw.annotations),
+            };
+            check_sizes(&manifest)?;
+            Ok(Document::Manifest(Box::new(manifest)))
+        }
+        (None, None, Some(manifests)) => Ok(Document::Index(descriptors(manifests)?)),
+        // One document that is both could be read as either by different tools (image-spec, "mediaType").
+        (_, _, Some(_)) => Err("its manifest has both `manifests` and `layers` or `config`, which contradict each other".into()),
+        (None, _, None) => Err("its manifest has neither a `config` nor `manifests`".into()),
+    }
+}
+
+fn descriptors(raw: Vec<RawDescriptor>) -> Result<Vec<Descriptor>, String> {
+    if raw.len() > MOST_DESCRIPTORS {
+        return Err(format!(
+            "its manifest lists {} blobs, more than {MOST_DESCRIPTORS}",
+            raw.len()
+        ));
+    }
+    Ok(raw
+        .into_iter()
+        .map(RawDescriptor::into_descriptor)
+        .collect())
+}
+
+/// Sizes must add up, and one digest has one size: blobs are kept by digest.
+fn check_sizes(manifest: &Manifest) -> Result<(), String> {
+    let mut sizes = HashMap::new();
+    let mut total = 0_u64;
+    for descriptor in [&manifest.config].into_iter().chain(&manifest.layers) {
+        total = total
+            .checked_add(descriptor.size)
+            .filter(|total| *total <= LARGEST)
+            .ok_or("the sizes in its manifest add up to more than 2^63 bytes")?;
+        let size = *sizes.entry(descriptor.digest).or_insert(descriptor.size);
+        if size != descriptor.size {
+            let digest = descriptor.digest;
+            return Err(format!(
+                "its manifest gives {digest} two sizes, {size} and {}",
+                descriptor.size
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Picks the manifest of an index that is shown: the only one, else the model among them, else linux/amd64's.
+///
+/// Build attestations are never picked. The error is a reason for people.
+pub(super) fn choose(manifests: &[Descriptor]) -> Result<&Descriptor, String> {
+    let candidates: Vec<&Descriptor> = manifests
+        .iter()
+        .filter(|d| matches!(d.media_type.as_str(), "" | OCI_MANIFEST | DOCKER_MANIFEST))
+        .filter(|d| !d.annotations.contains_key("vnd.docker.reference.type"))
+        .collect();
+    if let [only] = candidates[..] {
+        return Ok(only);
+    }
+    let models: Vec<&Descriptor> = candidates.iter().copied().filter(|d| is_model(d)).collect();
+    if let [only] = models[..] {
+        return Ok(only);
+    }
+    let pool = if models.is_empty() {
+        &candidates
+    } else {
+        &models
+    };
+    // The image-spec lets the first match win.
+    if let Some(first) = pool
+        .iter()
+        .find(|d| d.platform.as_deref() == Some("linux/amd64"))
+    {
+        return Ok(first);
+    }
+    if manifests.is_empty() {
+        return Err("its index lists no manifest".into());
+    }
+    let listed: Vec<String> = manifests
+        .iter()
+        .take(8)
+        .map(|d| {
+            let what = d
+                .artifact_type
+                .as_deref()
+                .or(d.platform.as_deref())
+                .unwrap_or(&d.media_type);
+            format!("{} ({})", d.digest, quote(what))
+        })
+        .collect();
+    Err(format!(
+        "its index lists {} manifests, and neither is one of them alone a model nor for linux/amd64: {}{}; name one of them by its digest",
+        manifests.len(),
+        listed.join(", "),
+        if manifests.len() > listed.len() {
+            ", …"
+        } else {
+            ""
+        },
+    ))
+}
+
+fn is_model(descriptor: &Descriptor) -> bool {
+    let prefixes = [
+        "application/vnd.cncf.model.",
+        "application/vnd.cnai.model.",
+        "application/vnd.docker.ai.",
+        "application/vnd.kitops.",
+    ];
+    let of_type = descriptor
+        .artifact_type
+        .as_deref()
+        .is_some_and(|text| prefixes.iter().any(|prefix| text.starts_with(prefix)));
+    of_type
+        || descriptor
+            .annotations
+            .keys()
+            .any(|key| key.starts_with("org.cncf.model.") || key.starts_with("org.cnai.model."))
+}
+
+/// Media type, size, annotations.
+#[cfg(test)]
+pub(super) type LayerForTests<'a> = (&'a str, u64, &'a [(&'a str, &'a str)]);
+
+#[cfg(test)]
+impl Manifest {
+    /// A manifest with an empty config and these layers: media type, size, annotations.
+    pub(super) fn for_tests(layers: &[LayerForTests<'_>]) -> Self {
+        let layers = layers
+            .iter()
+            .enumerate()
+            .map(|(n, (media_type, size, annotations))| Descriptor {
+                media_type: (*media_type).to_owned(),
+                digest: Digest::of(&n.to_le_bytes()),
+                size: *size,
+                annotations: annotations
+                    .iter()
+                    .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                    .collect(),
+                artifact_type: None,
+                platform: None,
+            });
+        Self {
+            media_type: OCI_MANIFEST.into(),
+            artifact_type: None,
+            config: Descriptor {
+                media_type: "application/vnd.oci.empty.v1+json".into(),
+                digest: Digest::of(b"{}"),
+                size: 2,
+                annotations: BTreeMap::new(),
+                artifact_type: None,
+                platform: None,
+            },
+            layers: layers.collect(),
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn digest(n: u8) -> String {
+        Digest::from_bytes([n; 32]).to_string()
+    }
+
+    fn read(value: &Value) -> Result<Document, String> {
+        parse(value.to_string().as_bytes(), "")
+    }
+
+    /// The example manifest of the OCI loader that was proposed to vLLM, with digests filled in.
+    fn example() -> Value {
+        json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": {
+                "mediaType": "application/vnd.docker.ai.model.config.v0.1+json",
+                "digest": digest(1),
+                "size": 465
+            },
+            "layers": [
+                {"mediaType": "application/vnd.docker.ai.safetensors", "digest": digest(2), "size": 3_968_658_944_u64},
+                {"mediaType": "application/vnd.docker.ai.safetensors", "digest": digest(3), "size": 2_203_268_048_u64},
+                {"mediaType": "application/vnd.docker.ai.vllm.config.tar", "digest": digest(4), "size": 11_530_752}
+            ]
+        })
+    }
+
+    #[test]
+    fn the_documented_example_is_read() {
+        let Ok(Document::Manifest(manifest)) = read(&example()) else {
+            panic!()
+        };
+        assert_eq!(
+            manifest.config.media_type,
+            "application/vnd.docker.ai.model.config.v0.1+json"
+        );
+        assert_eq!(manifest.layers.len(), 3);
+        assert_eq!(manifest.layers[1].size, 2_203_268_048);
+        assert_eq!(manifest.layers[2].digest, Digest::from_bytes([4; 32]));
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_nulls_are_absences() {
+        let mut value = example();
+        value["layers"][0]["urls"] = json!(["http://169.254.169.254/"]);
+        value["layers"][0]["data"] = json!("AAAA");
+        value["layers"][0]["annotations"] = Value::Null;
+        value["annotations"] = Value::Null;
+        value["subject"] = json!({"digest": "sha256:xx"});
+        assert!(read(&value).is_ok());
+    }
+
+    #[test]
+    fn what_contradicts_itself_or_overflows_is_refused() {
+        let change = |change: &dyn Fn(&mut Value)| {
+            let mut value = example();
+            change(&mut value);
+            read(&value).unwrap_err()
+        };
+        assert!(change(&|v| v["layers"][0]["size"] = json!(-1)).contains("-1"));
+        assert!(change(&|v| v["layers"][0]["size"] = json!(i64::MAX)).contains("2^63"));
+        assert!(change(&|v| v["layers"][0]["size"] = json!(u64::MAX)).contains("2^63"));
+        assert!(change(&|v| v["layers"][0]["size"] = json!(1.5)).contains("can't be understood"));
+        assert!(change(&|v| v["layers"][0]["digest"] = json!("sha512:00")).contains("sha512"));
+        assert!(
+            change(&|v| v["layers"][0]["digest"] = v["layers"][1]["digest"].clone())
+                .contains("two sizes")
+        );
+        assert!(change(&|v| v["manifests"] = json!([])).contains("both"));
+        assert!(change(&|v| v["config"] = Value::Null).contains("neither"));
+        assert!(change(&|v| v["schemaVersion"] = json!(1)).contains("schema 1"));
+        let layer = example()["layers"][0].clone();
+        assert!(change(&|v| v["layers"] = json!(vec![layer.clone(); 20_001])).contains("20001"));
+        assert!(parse(b"<html>", "").is_err());
+        assert!(parse("[".repeat(100_000).as_bytes(), "").is_err());
+    }
+
+    #[test]
+    fn overlong_annotations_are_not_kept() {
+        let mut value = example();
+        value["layers"][0]["annotations"] = json!({"a": "x".repeat(70_000), "b": "y", "c": ""});
+        let Ok(Document::Manifest(manifest)) = read(&value) else {
+            panic!()
+        };
+        assert_eq!(manifest.layers[0].annotations.len(), 2);
+        assert_eq!(manifest.layers[0].annotation("b"), Some("y"));
+        assert_eq!(manifest.layers[0].annotation("c"), None);
+    }
+
+    fn entry(n: u8, change: Value) -> Value {
+        let mut value = json!({"mediaType": OCI_MANIFEST, "digest": digest(n), "size": 7});
+        for (key, part) in change.as_object().unwrap() {
+            value[key] = part.clone();
+        }
+        value
+    }
+
+    fn choice(entries: Vec<Value>) -> Result<u8, String> {
+        let Document::Index(manifests) = read(&json!({"schemaVersion": 2, "manifests": entries}))?
+        else {
+            panic!()
+        };
+        choose(&manifests).map(|d| d.digest.as_bytes()[0])
+    }
+
+    #[test]
+    fn the_right_manifest_of_an_index_is_picked() {
+        let platform = |arch: &str| json!({"platform": {"os": "linux", "architecture": arch}});
+        let model = json!({"artifactType": "application/vnd.cncf.model.manifest.v1+json"});
+        let attestation = json!({
+            "platform": {"os": "unknown", "architecture": "unknown"},
+            "annotations": {"vnd.docker.reference.type": "attestation-manifest"}
+        });
+        assert_eq!(choice(vec![entry(1, json!({}))]), Ok(1));
+        assert_eq!(choice(vec![entry(1, platform("arm64"))]), Ok(1));
+        assert_eq!(
+            choice(vec![
+                entry(1, attestation.clone()),
+                entry(2, platform("arm64"))
+            ]),
+            Ok(2)
+        );
+        assert_eq!(
+            choice(vec![entry(1, platform("amd64")), entry(2, model.clone())]),
+            Ok(2)
+        );
+        assert_eq!(
+            choice(vec![
+                entry(1, platform("arm64")),
+                entry(2, platform("amd64"))
+            ]),
+            Ok(2)
+        );
+        assert_eq!(
+            choice(vec![entry(1, json!({"mediaType": DOCKER_MANIFEST}))]),
+            Ok(1)
+        );
+        let nested = json!({"mediaType": "application/vnd.oci.image.index.v1+json"});
+        for unclear in [
+            vec![],
+            vec![entry(1, nested)],
+            vec![entry(1, platform("arm64")), entry(2, platform("s390x"))],
+            vec![entry(1, model.clone()), entry(2, model)],
+        ] {
+            assert!(choice(unclear.clone()).is_err(), "{unclear:?}");
+        }
+        let many = (0..200).map(|n| entry(n, platform("arm64"))).collect();
+        assert!(choice(many).unwrap_err().len() < 2000);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&bytes, "");
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! Models over a real cache, real blobs and a real registry client, against a small registry on loopback.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::base::ByteRange;
+use crate::blob::{BlobConfig, Prefetch};
+use crate::cache::{Cache, CacheConfig};
+use crate::model::safetensors::file_for_tests as safetensors_file;
+use crate::registry::{Registry, RegistryConfig};
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const SHARD: &str = "application/vnd.docker.ai.safetensors";
+
+/// What the registry has, and who asked for what.
+#[derive(Default)]
+struct Content {
+    blobs: Mutex<BTreeMap<Digest, Bytes>>,
+    tags: Mutex<BTreeMap<String, Digest>>,
+    /// `METHOD path` and the bytes sent.
+    log: Mutex<Vec<(String, usize)>>,
+    denies: AtomicBool,
+}
+
+impl Content {
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let status = |status| Response::builder().status(status);
+        let path = request.uri().path();
+        let (kind, name) = path.rsplit_once('/').unwrap_or_default();
+        let by_tag = lock(&self.tags).get(name).copied();
+        let digest = by_tag.or_else(|| name.parse().ok());
+        let found =
+            digest.and_then(|digest| Some((digest, lock(&self.blobs).get(&digest)?.clone())));
+        if self.denies.load(Ordering::Relaxed) {
+            return status(StatusCode::FORBIDDEN).body(Full::default()).unwrap();
+        }
+        let Some((digest, bytes)) = found else {
+            return status(StatusCode::NOT_FOUND).body(Full::default()).unwrap();
+        };
+        let range = request
+            .headers()
+            .get("range")
+            .and_then(|value| value.to_str().ok()?.strip_prefix("bytes="));
+        if let Some((first, last)) = range.and_then(|range| range.split_once('-')) {
+            let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());
+            return status(StatusCode::PARTIAL_CONTENT)
+                .header(
+                    "content-range",
+                    format!("bytes {first}-{last}/{}", bytes.len()),
+                )
+                .body(Full::new(bytes.slice(first..=last)))
+                .unwrap();
+        }
+        let media_type = if kind.ends_with("/manifests") {
+            MANIFEST
+        } else {
+            "application/octet-stream"
+        };
+        status(StatusCode::OK)
+            .header("content-type", media_type)
+            .header("docker-content-digest", digest.to_string())
+            .body(Full::new(bytes))
+            .unwrap()
+    }
+
+    fn add(&self, bytes: impl Into<Bytes>) -> Digest {
+        let bytes = bytes.into();
+        let digest = Digest::of(&bytes);
+        lock(&self.blobs).insert(digest, bytes);
+        digest
+    }
+
+    fn layer(&self, media_type: &str, bytes: impl Into<Bytes>) -> Value {
+        let bytes = bytes.into();
+        json!({"mediaType": media_type, "size": bytes.len(), "digest": self.add(bytes)})
+    }
+
+    fn push(&self, tag: &str, layers: &[Value]) -> Digest {
+        let config = r#"{"descriptor":{"created":"2025-10-03T01:02:03Z"}}"#;
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": {
+                "mediaType": "application/vnd.docker.ai.model.config.v0.1+json",
+                "digest": self.add(config),
+                "size": config.len(),
+            },
+            "layers": layers,
+        });
+        let digest = self.add(manifest.to_string());
+        lock(&self.tags).insert(tag.to_owned(), digest);
+        digest
+    }
+
+    fn requests(&self, part: &str) -> usize {
+        lock(&self.log)
+            .iter()
+            .filter(|(line, _)| line.contains(part))
+            .count()
+    }
+
+    fn sent(&self, part: &str) -> usize {
+        lock(&self.log)
+            .iter()
+            .filter(|(line, _)| line.contains(part))
+            .map(|(_, sent)| sent)
+            .sum()
+    }
+}
+
+/// A registry on a free port; the repository in it.
+async fn registry() -> (Arc<Content>, Repository) {
+    let content = Arc::new(Content::default());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let repository =
+        Repository::new(&listener.local_addr().unwrap().to_string(), "org/model").unwrap();
+    let served = Arc::clone(&content);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let served = Arc::clone(&served);
+            let service = service_fn(move |request: Request<Incoming>| {
+                let response = served.answer(&request);
+                let sent = match *request.method() {
+                    Method::HEAD => 0,
+                    _ => usize::try_from(hyper::body::Body::size_hint(response.body()).lower())
+                        .unwrap(),
+                };
+                lock(&served.log).push((
+                    format!("{} {}", request.method(), request.uri().path()),
+                    sent,
+                ));
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let stream = hyper_util::rt::TokioIo::new(stream);
+            tokio::spawn(
+                hyper::server::conn::http1::Builder::new().serve_connection(stream, service),
+            );
+        }
+    });
+    (content, repository)
+}
+
+fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
+    let cache = Cache::open(CacheConfig {
+        dir: dir.to_owned(),
+        limit: 1 << 30,
+    })
+    .unwrap();
+    let registry = Registry::new(RegistryConfig {
+        plain_http: Vec::new(),
+        ca_files: Vec::new(),
+        auth_files: None,
+        connect_timeout: Duration::from_secs(5),
+        stall_timeout: Duration::from_secs(5),
+    });
+    let blobs = BlobConfig {
+        prefetch: Prefetch::None,
+        read_timeout: Duration::from_secs(10),
+        offline,
+        ..BlobConfig::default()
+    };
+    let blobs = Blobs::new(cache, registry.unwrap(), blobs);
+    Models::new(
+        blobs,
+        ModelConfig {
+            tag_ttl,
+            metadata_timeout: Duration::from_secs(10),
+        },
+    )
+}
+
+fn reference(repository: &Repository, tag: &str) -> Reference {
+    Reference::tagged(repository.clone(), tag.parse().unwrap())
+}
+
+const LONG: Duration = Duration::from_secs(600);
+
+/// Two nameless shards of 4 MiB each.
+fn push_shards(content: &Content, tag: &str) -> (Digest, [Vec<u8>; 2]) {
+    let shards = [
+        safetensors_file(&[("a", 4 << 20)]),
+        safetensors_file(&[("b", 4 << 20)]),
+    ];
+    let layers = shards.clone().map(|shard| content.layer(SHARD, shard));
+    (content.push(tag, &layers), shards)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_resolved_and_built_once_and_moves_headers_only() {
+    let (content, repository) = registry().await;
+    let (digest, shards) = push_shards(&content, "v1");
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    let v1 = reference(&repository, "v1");
+    let resolved = futures_util::future::join_all((0..8).map(|_| models.resolve(&v1))).await;
+    assert!(
+        resolved
+            .iter()
+            .all(|resolved| *resolved.as_ref().unwrap() == digest)
+    );
+    let opened =
+        futures_util::future::join_all((0..8).map(|_| models.open(&repository, &digest))).await;
+    let model = opened[0].as_ref().unwrap();
+    assert!(
+        opened
+            .iter()
+            .all(|other| Arc::ptr_eq(model, other.as_ref().unwrap()))
+    );
+    let manifests = content.requests("/manifests/");
+    assert!(manifests <= 2, "{manifests} requests");
+    let sent = content.sent(&Digest::of(&shards[0]).to_string());
+    assert!(
+        sent <= 512 << 10,
+        "{sent} bytes of the first shard were sent"
+    );
+
+    let file = model.file("model-00002-of-00002.safetensors").unwrap();
+    let range = ByteRange::new(100, 100_000);
+    assert_eq!(file.read(range).await.unwrap(), shards[1][100..100_000]);
+    let made = model
+        .file("model.safetensors.index.json")
+        .unwrap()
+        .read(ByteRange::new(0, u64::MAX))
+        .await
+        .unwrap();
+    assert!(serde_json::from_slice::<Value>(&made).unwrap()["weight_map"]["b"].is_string());
+
+    drop(opened);
+    models.open(&repository, &digest).await.unwrap();
+    assert_eq!(
+        content.requests("/manifests/"),
+        manifests,
+        "a plan outlives its model"
+    );
+    assert_eq!(models.known(), [v1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_complete_model_is_published_and_needs_no_registry() {
+    let (content, repository) = registry().await;
+    let (digest, shards) = push_shards(&content, "v1");
+    let dir = tempfile::tempdir().unwrap();
+    let v1 = reference(&repository, "v1");
+    {
+        let models = models(dir.path(), LONG, false);
+        models.resolve(&v1).await.unwrap();
+        let model = models.open(&repository, &digest).await.unwrap();
+        assert!(!models.publish_if_complete(&v1, &model).await);
+        for blob in &model.blobs {
+            blob.complete().await.unwrap();
+        }
+        models.publish_completed().await;
+        let published = models.blobs().cache().published();
+        assert_eq!((published.len(), published[0].digest), (1, digest));
+        assert_eq!(published[0].name, v1.to_string());
+    }
+    let before = lock(&content.log).len();
+    let models = models(dir.path(), LONG, true);
+    assert_eq!(models.resolve(&v1).await.unwrap(), digest);
+    let model = models.open(&repository, &digest).await.unwrap();
+    let file = model.file("model-00001-of-00002.safetensors").unwrap();
+    assert_eq!(
+        file.read(ByteRange::new(0, u64::MAX)).await.unwrap(),
+        shards[0]
+    );
+    assert_eq!(models.known(), std::slice::from_ref(&v1));
+    assert_eq!(
+        models.tags(&repository, Deadline::after(LONG)).await,
+        [v1.tag().unwrap().clone()]
+    );
+    let other = reference(&repository, "v2");
+    assert!(matches!(
+        models.resolve(&other).await,
+        Err(ModelError::Offline { .. })
+    ));
+    let unknown = Digest::of(b"unknown");
+    assert!(matches!(
+        models.open(&repository, &unknown).await,
+        Err(ModelError::Offline { .. })
+    ));
+    assert_eq!(lock(&content.log).len(), before, "offline means offline");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_there_is_remembered_until_asked_for_expressly() {
+    let (content, repository) = registry().await;
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    let v1 = reference(&repository, "v1");
+    assert!(models.resolve(&v1).await.unwrap_err().is_not_found());
+    let asked = lock(&content.log).len();
+    assert!(models.resolve(&v1).await.unwrap_err().is_not_found());
+    assert_eq!(lock(&content.log).len(), asked);
+    let (digest, _) = push_shards(&content, "v1");
+    assert_eq!(models.refresh(&v1).await.unwrap(), digest);
+    assert_eq!(models.resolve(&v1).await.unwrap(), digest);
+    let unknown = Digest::of(b"unknown");
+    assert!(
+        models
+            .open(&repository, &unknown)
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
+    let asked = lock(&content.log).len();
+    assert!(
+        models
+            .open(&repository, &unknown)
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
+    assert_eq!(lock(&content.log).len(), asked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_gives_no_answer_leaves_the_last_known_digest() {
+    let (content, repository) = registry().await;
+    let (digest, _) = push_shards(&content, "v1");
+    let dir = tempfile::tempdir().unwrap();
+    let v1 = reference(&repository, "v1");
+    let first = models(dir.path(), Duration::ZERO, false);
+    assert_eq!(first.resolve(&v1).await.unwrap(), digest);
+    content.denies.store(true, Ordering::Relaxed);
+    assert_eq!(first.resolve(&v1).await.unwrap(), digest);
+    // Another process, which knows the tag from the cache.
+    assert_eq!(
+        models(dir.path(), LONG, false).resolve(&v1).await.unwrap(),
+        digest
+    );
+    assert!(first.refresh(&v1).await.is_err());
+    assert!(first.resolve(&reference(&repository, "v2")).await.is_err());
+    content.denies.store(false, Ordering::Relaxed);
+    let (moved, _) = (content.push("v1", &[content.layer(SHARD, "x")]), ());
+    assert_eq!(first.refresh(&v1).await.unwrap(), moved);
+    assert_eq!(first.resolve(&v1).await.unwrap(), moved);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_artifact_without_files_can_be_inspected_but_not_opened() {
+    let (content, repository) = registry().await;
+    let digest = content.push("v1", &[content.layer("application/x-unknown", "something")]);
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    assert!(matches!(
+        models.open(&repository, &digest).await,
+        Err(ModelError::Unusable { .. })
+    ));
+    let model = models.inspect(&repository, &digest).await.unwrap();
+    let blob = model
+        .oci
+        .iter()
+        .find(|file| file.path.starts_with("blobs/sha256:"))
+        .unwrap();
+    assert_eq!(
+        blob.read(ByteRange::new(0, 100)).await.unwrap(),
+        "something"
+    );
+    assert_eq!(model.manifest.layers.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_config_that_is_not_what_its_digest_says_is_an_error() {
+    let (content, repository) = registry().await;
+    let (digest, _) = push_shards(&content, "v1");
+    let config = Digest::of(br#"{"descriptor":{"created":"2025-10-03T01:02:03Z"}}"#);
+    let wrong = r#"{"descriptor":{"created":"2025-10-03T01:02:04Z"}}"#;
+    lock(&content.blobs).insert(config, Bytes::from_static(wrong.as_bytes()));
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    let error = models.open(&repository, &digest).await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            ModelError::Blob {
+                source: crate::blob::BlobError::Corrupt { .. },
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+}

@@ -1,0 +1,382 @@
+//! From a manifest digest to a plan of the model: which paths there are and which bytes of which blob each one is.
+//!
+//! A plan holds no blob open, so it can be kept while the cache evicts what it speaks of.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use crate::base::Digest;
+
+use super::ModelError;
+use super::convention::{self, Role, Step};
+use super::created::created;
+use super::fetch::{BlobId, Fetch, whole};
+use super::layout::{self, Placed, Source};
+use super::manifest::{self, Descriptor, Document, Manifest};
+use super::notes::quote;
+use super::tar::{Listing, TarError, Walk};
+use super::weights;
+
+/// Largest config that is read.
+const LARGEST_CONFIG: u64 = 16 << 20;
+/// Requests for metadata of one model at a time.
+const AT_ONCE: usize = 16;
+/// Most bytes of tars that are fetched whole for one model; beyond, they are walked by small ranges.
+const MOST_WHOLE_TARS: u64 = 1 << 30;
+/// Windows in which tars are walked: by requests to a registry, and in the cache.
+const REMOTE_WINDOW: u64 = 16 << 10;
+const LOCAL_WINDOW: u64 = 1 << 20;
+
+/// A model without its blobs.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    /// The digest that was asked for: the manifest's, or that of an index that lists it.
+    pub(super) digest: Digest,
+    /// The manifest's digest and size.
+    pub(super) manifest_id: BlobId,
+    /// The manifest.
+    pub(super) manifest: Box<Manifest>,
+    /// The packaging convention's name.
+    pub(super) packaging: &'static str,
+    /// Creation time.
+    pub(super) created: SystemTime,
+    /// The files, sorted by path.
+    pub(super) files: Vec<PlannedFile>,
+    /// The files below `.oci`.
+    pub(super) oci: Vec<PlannedFile>,
+    /// Notes.
+    pub(super) notes: Vec<String>,
+    /// Why the artifact is of no use as a directory.
+    pub(super) problem: Option<String>,
+}
+
+/// One file of a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PlannedFile {
+    /// Its path.
+    pub(super) path: String,
+    /// Its size.
+    pub(super) size: u64,
+    /// The digest of the blob that it is (part of), or of its own content; `None` for one that ocifs made.
+    pub(super) digest: Option<Digest>,
+    /// The media type of that blob.
+    pub(super) media_type: Option<String>,
+    /// Where its bytes are.
+    pub(super) source: Source,
+}
+
+impl Plan {
+    /// Something like the memory that it takes, in files.
+    pub(super) fn weight(&self) -> usize {
+        64 + self.files.len() + self.oci.len() + self.manifest.layers.len()
+    }
+}
+
+impl Manifest {
+    /// The layer as a blob.
+    pub(super) fn blob(&self, layer: usize) -> BlobId {
+        self.layers[layer].blob()
+    }
+}
+
+impl Descriptor {
+    /// What it describes, as a blob.
+    pub(super) fn blob(&self) -> BlobId {
+        BlobId {
+            digest: self.digest,
+            size: self.size,
+        }
+    }
+}
+
+/// Builds the plan of what `digest` names.
+pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, ModelError> {
+    let document = read_manifest(fetch, digest).await?;
+    let Chosen {
+        manifest_id,
+        manifest,
+        bytes,
+        index,
+    } = document;
+    let convention = convention::of(&manifest);
+    let steps = (convention.steps)(&manifest);
+    let (config, tars) = futures_util::future::try_join(
+        config(fetch, &manifest),
+        list_tars(fetch, &manifest, &steps),
+    )
+    .await?;
+    let mut layout = weights::lay_out(fetch, &manifest, &steps, &tars).await?;
+
+    let created = created(&manifest, config.as_deref().unwrap_or_default());
+    let mut oci = vec![made(
+        "manifest.json",
+        bytes,
+        manifest_id.digest,
+        &manifest.media_type,
+    )];
+    if let Some(bytes) = index {
+        oci.push(made("index.json", bytes, digest, ""));
+    }
+    match config {
+        Ok(bytes) => oci.push(made(
+            "config.json",
+            bytes,
+            manifest.config.digest,
+            &manifest.config.media_type,
+        )),
+        Err(note) => layout.notes.add(note),
+    }
+    oci.extend(hidden_blobs(&manifest, &layout.hidden));
+    oci.sort_by(|a, b| a.path.cmp(&b.path));
+    let files: Vec<PlannedFile> = layout
+        .files
+        .into_iter()
+        .map(|(path, placed)| planned(&manifest, path, placed))
+        .collect();
+    let problem = layout
+        .problem
+        .or_else(|| files.is_empty().then(|| nothing_usable(&manifest)));
+    let notes = layout.notes.into_lines();
+    Ok(Plan {
+        digest,
+        manifest_id,
+        manifest,
+        packaging: convention.name,
+        created,
+        files,
+        oci,
+        notes,
+        problem,
+    })
+}
+
+fn planned(manifest: &Manifest, path: String, placed: Placed) -> PlannedFile {
+    let layer = match placed.source {
+        Source::Layer { layer, .. } => Some(&manifest.layers[layer]),
+        Source::Made(_) => None,
+    };
+    PlannedFile {
+        path,
+        size: placed.size,
+        digest: layer.map(|layer| layer.digest),
+        media_type: layer.map(|layer| layer.media_type.clone()),
+        source: placed.source,
+    }
+}
+
+fn made(path: &str, bytes: Bytes, digest: Digest, media_type: &str) -> PlannedFile {
+    PlannedFile {
+        path: path.to_owned(),
+        size: bytes.len() as u64,
+        digest: Some(digest),
+        media_type: Some(media_type)
+            .filter(|text| !text.is_empty())
+            .map(str::to_owned),
+        source: Source::Made(bytes),
+    }
+}
+
+/// `blobs/<digest>` for each hidden layer; layers with one digest are one file.
+fn hidden_blobs(manifest: &Manifest, hidden: &BTreeSet<usize>) -> Vec<PlannedFile> {
+    let by_digest: BTreeMap<Digest, usize> = hidden
+        .iter()
+        .rev()
+        .map(|n| (manifest.layers[*n].digest, *n))
+        .collect();
+    let file = |(digest, layer): (Digest, usize)| {
+        let placed = Placed {
+            size: manifest.layers[layer].size,
+            source: Source::Layer { layer, offset: 0 },
+        };
+        planned(manifest, format!("blobs/{digest}"), placed)
+    };
+    by_digest.into_iter().map(file).collect()
+}
+
+/// Says what an artifact without any file is made of, and what to try.
+fn nothing_usable(manifest: &Manifest) -> String {
+    const MOST_TYPES: usize = 6;
+    let mut types: BTreeMap<&str, usize> = BTreeMap::new();
+    for layer in &manifest.layers {
+        *types.entry(&layer.media_type).or_insert(0) += 1;
+    }
+    let mut listed: Vec<String> = types
+        .iter()
+        .take(MOST_TYPES)
+        .map(|(media_type, count)| format!("{count} of type {}", quote(media_type)))
+        .collect();
+    if types.len() > MOST_TYPES {
+        listed.push(format!("{} further types", types.len() - MOST_TYPES));
+    }
+    let layers = if listed.is_empty() {
+        "no layers".to_owned()
+    } else {
+        format!("layers: {}", listed.join(", "))
+    };
+    let artifact = manifest
+        .artifact_type
+        .as_deref()
+        .map(|text| format!("artifact type {}, ", quote(text)));
+    format!(
+        "there is no file in it that ocifs can show ({}config type {}, {layers}); `ocifs inspect` says what each \
+         layer is; files packaged by `ocifs push` can be shown",
+        artifact.unwrap_or_default(),
+        quote(&manifest.config.media_type),
+    )
+}
+
+/// The manifest behind a digest.
+struct Chosen {
+    manifest_id: BlobId,
+    manifest: Box<Manifest>,
+    bytes: Bytes,
+    /// The index that it was chosen from.
+    index: Option<Bytes>,
+}
+
+/// Reads a manifest; an index is followed once.
+async fn read_manifest<F: Fetch>(fetch: &F, digest: Digest) -> Result<Chosen, ModelError> {
+    let unusable = |digest: &Digest, reason| ModelError::Unusable {
+        reference: fetch.what(digest),
+        reason,
+    };
+    let (bytes, media_type) = fetch.manifest(digest).await?;
+    let (chosen, index) =
+        match manifest::parse(&bytes, &media_type).map_err(|reason| unusable(&digest, reason))? {
+            Document::Manifest(manifest) => {
+                let manifest_id = BlobId {
+                    digest,
+                    size: bytes.len() as u64,
+                };
+                return Ok(Chosen {
+                    manifest_id,
+                    manifest,
+                    bytes,
+                    index: None,
+                });
+            }
+            Document::Index(manifests) => {
+                let chosen =
+                    manifest::choose(&manifests).map_err(|reason| unusable(&digest, reason))?;
+                (chosen.digest, bytes)
+            }
+        };
+    let (bytes, media_type) = fetch.manifest(chosen).await?;
+    match manifest::parse(&bytes, &media_type).map_err(|reason| unusable(&chosen, reason))? {
+        Document::Manifest(manifest) => {
+            let manifest_id = BlobId {
+                digest: chosen,
+                size: bytes.len() as u64,
+            };
+            Ok(Chosen {
+                manifest_id,
+                manifest,
+                bytes,
+                index: Some(index),
+            })
+        }
+        Document::Index(_) => Err(unusable(
+            &digest,
+            "its index lists a further index; name a manifest by its digest".into(),
+        )),
+    }
+}
+
+/// The config's bytes, or a note on why they are not to be had. A registry without the config does no harm to the files.
+async fn config<F: Fetch>(
+    fetch: &F,
+    manifest: &Manifest,
+) -> Result<Result<Bytes, String>, ModelError> {
+    let config = &manifest.config;
+    if config.size > LARGEST_CONFIG {
+        return Ok(Err(format!(
+            "the config has {} bytes and is not read (limit {LARGEST_CONFIG})",
+            config.size
+        )));
+    }
+    match whole(fetch, config.blob()).await {
+        Ok(bytes) => Ok(Ok(bytes)),
+        Err(error) if error.is_not_found() => Ok(Err(format!(
+            "the registry does not have the config {}",
+            config.digest
+        ))),
+        Err(error) => Err(error),
+    }
+}
+
+/// Runs these futures, some at once; their results in order.
+pub(super) async fn gather<T>(
+    futures: Vec<impl Future<Output = Result<T, ModelError>>>,
+) -> Result<Vec<T>, ModelError> {
+    stream::iter(futures).buffered(AT_ONCE).try_collect().await
+}
+
+/// What each tar layer holds.
+async fn list_tars<F: Fetch>(
+    fetch: &F,
+    manifest: &Manifest,
+    steps: &[Step],
+) -> Result<BTreeMap<usize, Result<Listing, TarError>>, ModelError> {
+    let entries = AtomicUsize::new(0);
+    let mut whole_left = MOST_WHOLE_TARS;
+    let mut listings = Vec::new();
+    for step in steps {
+        let Role::Tar { whole_up_to, .. } = step.role else {
+            continue;
+        };
+        let (layer, tar, entries) = (step.layer, manifest.blob(step.layer), &entries);
+        let is_small = tar.size <= whole_up_to.min(whole_left);
+        if is_small {
+            whole_left -= tar.size;
+        }
+        listings.push(async move {
+            if entries.load(Ordering::Relaxed) > layout::MOST_FILES {
+                return Ok((
+                    layer,
+                    Err(TarError::TooLarge("200000 files with the tars before it")),
+                ));
+            }
+            let listing = list_tar(fetch, tar, is_small).await?;
+            // A refused tar counts as a long one: how far it was read is not known.
+            let refused = layout::MOST_FILES / 4;
+            let found = listing.as_ref().map_or(refused, |listing| listing.entries);
+            entries.fetch_add(found, Ordering::Relaxed);
+            Ok((layer, listing))
+        });
+    }
+    Ok(gather(listings).await?.into_iter().collect())
+}
+
+/// Walks over one tar: a `whole` one is completed and verified before, others are looked at by small ranges.
+async fn list_tar<F: Fetch>(
+    fetch: &F,
+    tar: BlobId,
+    whole: bool,
+) -> Result<Result<Listing, TarError>, ModelError> {
+    let is_local = whole && fetch.complete(tar).await?;
+    let mut walk = Walk::new(
+        tar.size,
+        if is_local {
+            LOCAL_WINDOW
+        } else {
+            REMOTE_WINDOW
+        },
+    );
+    let mut wanted = walk.begin();
+    while let Some(range) = wanted {
+        let window = fetch.peek(tar, range).await?;
+        wanted = match walk.advance(range.start(), &window) {
+            Ok(wanted) => wanted,
+            Err(error) => return Ok(Err(error)),
+        };
+    }
+    Ok(Ok(walk.finish()))
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;
