@@ -5,3 +5,4 @@ pub mod blob;
 pub mod cache;
 pub mod model;
 pub mod registry;
+pub mod tree;

@@ -1,0 +1,128 @@
+//! Attributes, plain and extended: pure functions of a file or directory.
+
+use std::time::SystemTime;
+
+use super::node::NodeId;
+use crate::base::ByteRange;
+use crate::blob::Verified;
+use crate::model::{Content, File};
+
+/// Unit of `st_blocks` (POSIX leaves it open, Linux has always had 512).
+const BLOCK: u64 = 512;
+
+/// What kind of file a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A symbolic link.
+    Link,
+}
+
+impl Kind {
+    /// Its permission bits: everybody may read, nobody may write.
+    pub fn mode(self) -> u16 {
+        match self {
+            Self::Directory => 0o555,
+            Self::File => 0o444,
+            Self::Link => 0o777,
+        }
+    }
+}
+
+/// What stat(2) tells of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attr {
+    /// Its number.
+    pub ino: NodeId,
+    /// Its kind.
+    pub kind: Kind,
+    /// Size in bytes; 0 for directories.
+    pub size: u64,
+    /// What of it is local, in units of 512 bytes.
+    pub blocks: u64,
+    /// When the artifact was created, else when the tree was made.
+    pub time: SystemTime,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl Attr {
+    /// `st_blksize`: how much stdio and Python's buffered readers ask for at once. 128 KiB is the kernel's readahead
+    /// window and what coreutils use anyway; more would only make every reader of a small file allocate it.
+    pub const BLOCK_SIZE: u32 = 128 << 10;
+
+    /// `st_nlink`, of directories too: 1 tells find(1) that links are not counted here, so that it looks at every entry
+    /// rather than trusting the number of sub-directories, which nobody can know.
+    pub const LINKS: u32 = 1;
+}
+
+/// How much the cache may hold, and how much of it is free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Space {
+    /// The limit, in bytes.
+    pub limit: u64,
+    /// Free below the limit, in bytes.
+    pub free: u64,
+}
+
+/// Bytes of a file that are local.
+pub(super) fn cached(file: &File) -> u64 {
+    match &file.content {
+        Content::Inline(bytes) => bytes.len() as u64,
+        Content::Blob { blob, offset } => blob
+            .cached_in(ByteRange::at(*offset, file.size))
+            .min(file.size),
+    }
+}
+
+/// `st_blocks`: what is local, and at least one for a file with bytes, because a tool may take none for a hole.
+pub(super) fn blocks(size: u64, cached: u64) -> u64 {
+    match size {
+        0 => 0,
+        _ => cached.min(size).div_ceil(BLOCK).max(1),
+    }
+}
+
+/// Extended attributes of a file, in the order in which they are listed.
+pub(super) fn of_file(file: &File) -> Vec<(&'static str, String)> {
+    let verified = match &file.content {
+        Content::Inline(_) => true,
+        Content::Blob { blob, .. } => blob.verified() == Verified::Yes,
+    };
+    let mut attributes = Vec::with_capacity(4);
+    if let Some(digest) = &file.digest {
+        attributes.push(("user.oci.digest", digest.to_string()));
+    }
+    if let Some(media_type) = &file.media_type {
+        attributes.push(("user.oci.mediatype", media_type.clone()));
+    }
+    attributes.push(("user.ocifs.cached", cached(file).to_string()));
+    attributes.push(("user.ocifs.verified", verified.to_string()));
+    attributes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_tell_what_is_local_and_never_claim_a_hole() {
+        for (size, cached, expected) in [
+            (0, 0, 0),
+            (1, 0, 1),
+            (1, 1, 1),
+            (512, 512, 1),
+            (513, 513, 2),
+            (1 << 30, 0, 1),
+            (1 << 30, 1 << 20, 2048),
+            (10, 99, 1),
+        ] {
+            assert_eq!(blocks(size, cached), expected, "{size} {cached}");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What a tree is made with.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Space;
+
+/// What a tree is made with.
+#[derive(Clone)]
+pub struct TreeConfig {
+    /// A tag may move when nothing below it was looked up for so long, and nothing is open.
+    pub tag_ttl: Duration,
+    /// For how long it is believed that something is not there, is denied or is unusable.
+    pub failure_ttl: Duration,
+    /// For how long a lookup, an open or a listing may take: the kernel cannot interrupt those.
+    pub patience: Duration,
+    /// For how long a listing waits for a repository's tags.
+    pub tags_patience: Duration,
+    /// Owner of everything.
+    pub uid: u32,
+    /// Group of everything.
+    pub gid: u32,
+    /// What statfs tells.
+    pub space: Arc<dyn Fn() -> Space + Send + Sync>,
+}
+
+impl Default for TreeConfig {
+    fn default() -> Self {
+        Self {
+            tag_ttl: Duration::from_secs(15 * 60),
+            failure_ttl: Duration::from_secs(5),
+            patience: Duration::from_secs(15),
+            tags_patience: Duration::from_secs(2),
+            uid: 0,
+            gid: 0,
+            space: Arc::new(Space::default),
+        }
+    }
+}
+
+impl fmt::Debug for TreeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TreeConfig")
+            .field("tag_ttl", &self.tag_ttl)
+            .field("failure_ttl", &self.failure_ttl)
+            .field("patience", &self.patience)
+            .field("tags_patience", &self.tags_patience)
+            .field("uid", &self.uid)
+            .field("gid", &self.gid)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,166 @@
+//! Open files and directories.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use super::TreeError;
+use super::binding::Hold;
+use super::shown::Shown;
+use super::view::DirEntry;
+use crate::base::ByteRange;
+use crate::blob::{self, BlobError};
+use crate::model::File;
+
+/// A handle's number: counted, never used twice by one tree, never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HandleId(pub u64);
+
+/// A file that can be read; cheap to clone, and good for as long as it is held, whatever becomes of its name.
+#[derive(Clone, Debug)]
+pub struct OpenFile {
+    shown: Arc<Shown>,
+    path: Arc<str>,
+    #[expect(
+        dead_code,
+        reason = "keeps the blob from being evicted while the file is open"
+    )]
+    blob: Option<Arc<blob::Hold>>,
+}
+
+impl OpenFile {
+    pub(super) fn new(shown: Arc<Shown>, path: &str) -> Result<Self, TreeError> {
+        match shown.file(path) {
+            Some(file) => {
+                let blob = file.hold().map(Arc::new);
+                Ok(Self {
+                    shown,
+                    path: path.into(),
+                    blob,
+                })
+            }
+            None => Err(TreeError::not_found(path)),
+        }
+    }
+
+    fn file(&self) -> &File {
+        self.shown
+            .file(&self.path)
+            .expect("checked when it was made, and a shown model never changes")
+    }
+
+    /// `length` bytes from `offset`, cut at the file's end, if they can be had without waiting.
+    pub fn try_read(&self, offset: u64, length: u32) -> Option<Result<Bytes, TreeError>> {
+        let range = self.cut(offset, length);
+        if range.is_empty() {
+            return Some(Ok(Bytes::new()));
+        }
+        self.file()
+            .try_read(range)
+            .map(|result| self.checked(range, result))
+    }
+
+    /// `length` bytes from `offset`, cut at the file's end and nowhere else.
+    pub async fn read(&self, offset: u64, length: u32) -> Result<Bytes, TreeError> {
+        let range = self.cut(offset, length);
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        self.checked(range, self.file().read(range).await)
+    }
+
+    fn cut(&self, offset: u64, length: u32) -> ByteRange {
+        ByteRange::at(offset, u64::from(length)).intersect(ByteRange::new(0, self.file().size))
+    }
+
+    fn checked(
+        &self,
+        range: ByteRange,
+        result: Result<Bytes, BlobError>,
+    ) -> Result<Bytes, TreeError> {
+        match result {
+            Ok(bytes) if bytes.len() as u64 == range.len() => Ok(bytes),
+            Ok(bytes) => Err(TreeError::Short {
+                path: self.path.to_string(),
+                wanted: range.len(),
+                got: bytes.len() as u64,
+            }),
+            Err(source) => Err(TreeError::Read {
+                path: self.path.to_string(),
+                source,
+            }),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Handle {
+    File(
+        OpenFile,
+        #[expect(dead_code, reason = "dropped when the handle is closed")] Hold,
+    ),
+    Directory(
+        Arc<[DirEntry]>,
+        #[expect(dead_code, reason = "dropped when the handle is closed")] Option<Hold>,
+    ),
+}
+
+/// All open handles of a tree.
+#[derive(Debug)]
+pub(super) struct Handles {
+    next: AtomicU64,
+    open: Mutex<HashMap<HandleId, Handle>>,
+}
+
+impl Handles {
+    pub(super) fn new() -> Self {
+        Self {
+            next: AtomicU64::new(1),
+            open: Mutex::default(),
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<HandleId, Handle>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, handle: Handle) -> HandleId {
+        let id = HandleId(self.next.fetch_add(1, Ordering::Relaxed));
+        self.open().insert(id, handle);
+        id
+    }
+
+    pub(super) fn add_file(&self, file: OpenFile, hold: Hold) -> HandleId {
+        self.add(Handle::File(file, hold))
+    }
+
+    pub(super) fn add_directory(&self, entries: Arc<[DirEntry]>, hold: Option<Hold>) -> HandleId {
+        self.add(Handle::Directory(entries, hold))
+    }
+
+    pub(super) fn file(&self, id: HandleId) -> Option<OpenFile> {
+        match self.open().get(&id)? {
+            Handle::File(file, _) => Some(file.clone()),
+            Handle::Directory(..) => None,
+        }
+    }
+
+    pub(super) fn directory(&self, id: HandleId) -> Option<Arc<[DirEntry]>> {
+        match self.open().get(&id)? {
+            Handle::Directory(entries, _) => Some(entries.clone()),
+            Handle::File(..) => None,
+        }
+    }
+
+    pub(super) fn close(&self, id: HandleId) {
+        // What a handle holds is let go outside the lock.
+        let handle = self.open().remove(&id);
+        drop(handle);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.open().len()
+    }
+}

@@ -1,0 +1,183 @@
+//! Listings: what an open directory shows, decided when it is opened.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::binding::{Binding, Bindings};
+use super::handles::HandleId;
+use super::namespace::{Step, Tree, Want, child_node, last_step};
+use super::node::{Node, NodeId};
+use super::{DirEntry, Entry, Kind, Opened, TreeError, list};
+
+impl Tree {
+    /// Opens a directory if nobody has to be asked for what is in it.
+    pub fn try_opendir(&self, node: NodeId) -> Option<Result<Opened, TreeError>> {
+        let node = match self.0.table.get(node) {
+            Ok(node) => node,
+            Err(error) => return Some(Err(error)),
+        };
+        let opened = match &node {
+            Node::Folder(_) => return None,
+            Node::Directory { place, .. } => match self.0.resolver.try_bind(&place.reference())? {
+                Ok(binding) => self.open_listing(&node, Some(&binding), BTreeSet::new()),
+                Err(error) => Err(error),
+            },
+            _ => self.open_listing(&node, None, BTreeSet::new()),
+        };
+        Some(opened)
+    }
+
+    /// Opens a directory: what it lists is decided now. A repository's tags are asked for, its manifests are not.
+    pub async fn opendir(&self, node: NodeId) -> Result<Opened, TreeError> {
+        let node = self.0.table.get(node)?;
+        match &node {
+            Node::Directory { place, .. } => {
+                let binding = self.0.resolver.bind(&place.reference()).await?;
+                self.open_listing(&node, Some(&binding), BTreeSet::new())
+            }
+            Node::Folder(folder) => {
+                let Some(repository) = folder.repository() else {
+                    return self.open_listing(&node, None, BTreeSet::new());
+                };
+                let patience = self.0.config.tags_patience;
+                let tags = self.0.resolver.catalogue().tags(&repository, patience);
+                // The catalogue keeps to its time; this is for the case that it does not.
+                let tags = tokio::time::timeout(patience * 2, tags)
+                    .await
+                    .unwrap_or_default();
+                self.open_listing(
+                    &node,
+                    None,
+                    tags.into_iter().map(|tag| format!("@{tag}")).collect(),
+                )
+            }
+            _ => self.open_listing(&node, None, BTreeSet::new()),
+        }
+    }
+
+    fn open_listing(
+        &self,
+        node: &Node,
+        binding: Option<&Arc<Binding>>,
+        more: BTreeSet<String>,
+    ) -> Result<Opened, TreeError> {
+        let entries = self.listing(node, binding, more)?;
+        let immutable = matches!(node, Node::Directory { place, .. } if place.is_immutable());
+        let hold = binding.map(|binding| Bindings::hold_one(binding.clone()));
+        Ok(Opened {
+            handle: self.0.handles.add_directory(entries, hold),
+            immutable,
+        })
+    }
+
+    /// What an open directory lists, `.` and `..` first, then by name.
+    pub fn entries(&self, node: NodeId, handle: HandleId) -> Result<Arc<[DirEntry]>, TreeError> {
+        match self.0.handles.directory(handle) {
+            Some(entries) => Ok(entries),
+            // A handle of a tree before this one.
+            None => {
+                let node = self.0.table.get(node)?;
+                let reference = node.model_place().map(|place| place.reference());
+                let binding =
+                    reference.and_then(|reference| self.0.resolver.bindings().get(&reference));
+                self.listing(&node, binding.as_ref(), BTreeSet::new())
+            }
+        }
+    }
+
+    /// The node of a listed entry, as a lookup would answer it; `None` where that would mean asking somebody.
+    pub fn lookup_listed(&self, directory: NodeId, entry: &DirEntry) -> Option<Entry> {
+        let node = entry.node.as_ref()?;
+        let directory = self.0.table.get(directory).ok()?;
+        Some(self.remember(&directory, node))
+    }
+
+    fn listing(
+        &self,
+        node: &Node,
+        binding: Option<&Arc<Binding>>,
+        more: BTreeSet<String>,
+    ) -> Result<Arc<[DirEntry]>, TreeError> {
+        let mut entries = vec![
+            self.dir_entry(".", node),
+            self.dir_entry("..", &node.parent()),
+        ];
+        match node {
+            Node::Directory { place, path } => {
+                let binding = binding.ok_or_else(|| TreeError::not_found(path))?;
+                if !binding.shown.has_directory(path) {
+                    return Err(TreeError::not_found(path));
+                }
+                for (name, child) in binding.shown.list(path) {
+                    entries
+                        .push(self.dir_entry(name, &child_node(place, path, name, child, binding)));
+                }
+            }
+            Node::Root | Node::Host(_) | Node::Folder(_) => {
+                for name in self.names_above_models(node, more) {
+                    entries.extend(self.spelled_entry(node, &name));
+                }
+            }
+            Node::File { .. } | Node::Link { .. } => return Err(TreeError::NotDirectory),
+        }
+        Ok(entries.into())
+    }
+
+    /// Names in a directory above models: what is known, and what `:latest` has where it is shown already.
+    fn names_above_models(&self, node: &Node, mut names: BTreeSet<String>) -> BTreeSet<String> {
+        let mut known = self.0.resolver.catalogue().known();
+        known.extend(self.0.resolver.bindings().references());
+        match node {
+            Node::Root => names.extend(list::root(&known)),
+            Node::Host(host) => names.extend(list::below(host, None, &known)),
+            Node::Folder(folder) => {
+                names.extend(list::below(&folder.host, Some(&folder.path), &known));
+                if let Some(binding) = self.latest(folder) {
+                    names.extend(binding.shown.list("").map(|(name, _)| name.to_owned()));
+                }
+            }
+            _ => {}
+        }
+        names
+    }
+
+    /// The entry that a lookup of `name` would find, as far as that is known without asking.
+    fn spelled_entry(&self, parent: &Node, name: &str) -> Option<DirEntry> {
+        match self.step(parent, name).ok()? {
+            Step::Node(node) => Some(self.dir_entry(name, &node)),
+            Step::Model(place, want) => {
+                match (self.0.resolver.bindings().get(&place.reference()), want) {
+                    (Some(binding), want) => {
+                        let node = last_step(&place, want, &binding).ok()?;
+                        Some(self.dir_entry(name, &node))
+                    }
+                    // Listed by name, found when it is looked up.
+                    (None, Want::Directory) => {
+                        let ino = self.0.table.id(&place.directory(""));
+                        Some(DirEntry {
+                            name: name.to_owned(),
+                            ino,
+                            kind: Kind::Directory,
+                            node: None,
+                        })
+                    }
+                    (None, Want::Child(..)) => None,
+                }
+            }
+        }
+    }
+
+    fn dir_entry(&self, name: &str, node: &Node) -> DirEntry {
+        let kind = match node {
+            Node::File { .. } => Kind::File,
+            Node::Link { .. } => Kind::Link,
+            _ => Kind::Directory,
+        };
+        DirEntry {
+            name: name.to_owned(),
+            ino: self.0.table.id(node),
+            kind,
+            node: Some(node.clone()),
+        }
+    }
+}

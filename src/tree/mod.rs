@@ -1,0 +1,50 @@
+//! The tree: which names there are, and what each of them is. No network code, no FUSE type.
+//!
+//! ```text
+//! lookup(parent, name)
+//!   names      what can this name be?            pure; most names end here, without network
+//!   binding    which version does this tag show? one answer for everybody, held while in use
+//!   shown      a model's files as directories    built once per binding
+//!   table      node ids                          derived from the path, so that they survive a restart
+//! opendir(node)
+//!   listing    what is known, and what is shown  never asks for a manifest
+//! ```
+//!
+//! Registries are reached through [`Catalogue`] alone, so everything here is tested with one that is a map in memory.
+//! Whatever can be answered at once has a `try_…` method that never waits; its async twin asks the registry.
+
+mod attr;
+mod binding;
+mod catalogue;
+mod config;
+mod error;
+mod file_like;
+mod handles;
+mod list;
+mod listing;
+mod models;
+mod names;
+mod namespace;
+mod node;
+mod resolver;
+mod shown;
+mod table;
+mod ttl;
+mod view;
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod namespace_tests;
+#[cfg(test)]
+mod oracle_tests;
+
+pub use attr::{Attr, Kind, Space};
+pub use binding::BoundModel;
+pub use catalogue::Catalogue;
+pub use config::TreeConfig;
+pub use error::TreeError;
+pub use handles::{HandleId, OpenFile};
+pub use namespace::Tree;
+pub use node::NodeId;
+pub use view::{DirEntry, Entry, Invalidation, Opened};

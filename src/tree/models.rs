@@ -1,0 +1,155 @@
+//! [`Models`] as the tree's catalogue: nothing but names of methods and kinds of errors.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{Catalogue, Tree, TreeError};
+use crate::base::{Deadline, Digest};
+use crate::blob::{BlobError, Event};
+use crate::model::{Model, ModelError, Models};
+use crate::registry::{Reference, RegistryError, Repository, Tag};
+
+impl Catalogue for Models {
+    fn resolve<'a>(
+        &'a self,
+        reference: &'a Reference,
+        fresh: bool,
+    ) -> BoxFuture<'a, Result<Digest, TreeError>> {
+        async move {
+            let digest = if fresh {
+                self.refresh(reference).await
+            } else {
+                Models::resolve(self, reference).await
+            };
+            digest.map_err(kind)
+        }
+        .boxed()
+    }
+
+    fn open<'a>(
+        &'a self,
+        repository: &'a Repository,
+        digest: &'a Digest,
+    ) -> BoxFuture<'a, Result<Arc<Model>, TreeError>> {
+        Models::open(self, repository, digest)
+            .map(|model| model.map_err(kind))
+            .boxed()
+    }
+
+    fn tags<'a>(
+        &'a self,
+        repository: &'a Repository,
+        patience: Duration,
+    ) -> BoxFuture<'a, Vec<Tag>> {
+        Models::tags(self, repository, Deadline::after(patience)).boxed()
+    }
+
+    fn known(&self) -> Vec<Reference> {
+        Models::known(self)
+    }
+}
+
+impl Tree {
+    /// Has the kernel drop what it keeps of blobs that turn out wrong, until the process ends.
+    pub async fn follow(self, mut events: Receiver<Event>) {
+        loop {
+            match events.recv().await {
+                Ok(Event::Corrupt(blob)) => self.drop_content(blob),
+                Ok(_) => {}
+                Err(RecvError::Lagged(missed)) => {
+                    tracing::warn!(
+                        missed,
+                        "the kernel may keep pages of a blob that turned out wrong"
+                    );
+                }
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+}
+
+/// What a user of the file system should take an error of the layers below for.
+fn kind(error: ModelError) -> TreeError {
+    let (what, registry) = match &error {
+        ModelError::Unusable { reference, .. } => {
+            return TreeError::Unusable {
+                what: reference.clone(),
+                source: Arc::new(error),
+            };
+        }
+        ModelError::Timeout { reference, .. } => {
+            return TreeError::Timeout {
+                what: reference.clone(),
+                source: Some(Arc::new(error)),
+            };
+        }
+        ModelError::Offline { reference } => (reference.clone(), None),
+        ModelError::Registry { reference, source } => (reference.clone(), Some(source)),
+        ModelError::Blob {
+            reference,
+            source: BlobError::Deadline { .. },
+        } => {
+            return TreeError::Timeout {
+                what: reference.clone(),
+                source: Some(Arc::new(error)),
+            };
+        }
+        ModelError::Blob {
+            reference,
+            source: BlobError::Fetch { source, .. },
+        } => (reference.clone(), Some(source)),
+        ModelError::Blob { reference, .. } => (reference.clone(), None),
+    };
+    match registry.map(Arc::as_ref) {
+        Some(RegistryError::NotFound { .. }) => TreeError::NotFound { what },
+        Some(RegistryError::Denied { .. }) => TreeError::Denied {
+            what,
+            source: Arc::new(error),
+        },
+        Some(RegistryError::Deadline { .. } | RegistryError::Timeout { .. }) => {
+            TreeError::Timeout {
+                what,
+                source: Some(Arc::new(error)),
+            }
+        }
+        _ => TreeError::Unreachable {
+            what,
+            source: Arc::new(error),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_failure_below_is_what_a_user_would_call_it() {
+        let what = || "r.example/m:v1".to_owned();
+        let registry = |source| ModelError::Registry {
+            reference: what(),
+            source: Arc::new(source),
+        };
+        assert!(matches!(
+            kind(registry(RegistryError::NotFound { what: what() })),
+            TreeError::NotFound { .. }
+        ));
+        let unusable = ModelError::Unusable {
+            reference: what(),
+            reason: "an image".into(),
+        };
+        let unusable = kind(unusable);
+        assert!(
+            unusable.chain().contains("an image"),
+            "{}",
+            unusable.chain()
+        );
+        assert!(matches!(unusable, TreeError::Unusable { .. }));
+    }
+}

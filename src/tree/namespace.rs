@@ -1,0 +1,467 @@
+//! The operations on the tree.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, SystemTime};
+
+use super::binding::{Binding, BoundModel};
+use super::handles::{HandleId, Handles, OpenFile};
+use super::names::{self, DOCKER_HUB, DOCKER_LIBRARY, NAME_MAX, Name, RootName};
+use super::node::{Folder, Node, NodeId, Place};
+use super::resolver::Resolver;
+use super::shown::{Child, join};
+use super::table::NodeTable;
+use super::{
+    Attr, Catalogue, Entry, Invalidation, Kind, Opened, Space, TreeConfig, TreeError, attr,
+};
+use crate::base::Digest;
+use crate::registry::Reference;
+
+/// For how long the kernel keeps what cannot change. A day bounds what a wrong answer could do.
+const FOREVER: Duration = Duration::from_secs(86_400);
+
+/// For how long the kernel keeps directories that exist by their spelling alone.
+const SPELLED: Duration = Duration::from_secs(60);
+
+/// For how long the kernel keeps the attributes of a file that is being fetched: `st_blocks` grows.
+const GROWING: Duration = Duration::from_secs(1);
+
+/// The longest time that the kernel keeps names below a tag. It must be short against `tag_ttl`, because names that the
+/// kernel keeps are looked up without us seeing it.
+const BELOW_TAG: Duration = Duration::from_secs(30);
+
+/// The tree; clones share it.
+///
+/// Methods that begin with `try_` and those that are not async never wait for a registry. The async ones need a tokio
+/// runtime and end by [`TreeConfig::patience`], reads by the deadline of the blob below.
+#[derive(Clone, Debug)]
+pub struct Tree(pub(super) Arc<Inner>);
+
+/// What a tree is made of.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) config: TreeConfig,
+    pub(super) started: SystemTime,
+    pub(super) table: Arc<NodeTable>,
+    pub(super) resolver: Resolver,
+    pub(super) handles: Handles,
+}
+
+/// What a name in a directory leads to.
+pub(super) enum Step {
+    /// A node, without asking anybody.
+    Node(Node),
+    /// The model shown at a place, or something in it.
+    Model(Place, Want),
+}
+
+/// What is wanted of a model.
+pub(super) enum Want {
+    /// Its directory.
+    Directory,
+    /// What has this name in this directory.
+    Child(String, String),
+}
+
+impl Tree {
+    /// A tree over `catalogue`, and what the kernel must be told while it is mounted.
+    pub fn new(
+        catalogue: Arc<dyn Catalogue>,
+        config: TreeConfig,
+    ) -> (Self, Receiver<Invalidation>) {
+        let (events, receiver) = channel();
+        let table = Arc::new(NodeTable::new());
+        let resolver = Resolver::new(
+            catalogue,
+            table.clone(),
+            events,
+            config.tag_ttl,
+            config.failure_ttl,
+            config.patience,
+        );
+        let started = SystemTime::now();
+        let inner = Inner {
+            config,
+            started,
+            table,
+            resolver,
+            handles: Handles::new(),
+        };
+        (Self(Arc::new(inner)), receiver)
+    }
+
+    // Lookups.
+
+    /// Looks a name up if nobody has to be asked for it. An entry counts as one more time that the kernel holds the node.
+    pub fn try_lookup(&self, parent: NodeId, name: &str) -> Option<Result<Entry, TreeError>> {
+        let (parent, step) = match self.first_step(parent, name) {
+            Ok(step) => step,
+            Err(error) => return Some(Err(error)),
+        };
+        match step {
+            Step::Node(node) => Some(Ok(self.remember(&parent, &node))),
+            Step::Model(place, want) => match self.0.resolver.try_bind(&place.reference())? {
+                Ok(binding) => Some(
+                    last_step(&place, want, &binding).map(|node| self.remember(&parent, &node)),
+                ),
+                Err(error) => Some(Err(error)),
+            },
+        }
+    }
+
+    /// Looks a name up.
+    pub async fn lookup(&self, parent: NodeId, name: &str) -> Result<Entry, TreeError> {
+        let (parent, step) = self.first_step(parent, name)?;
+        let node = match step {
+            Step::Node(node) => node,
+            Step::Model(place, want) => {
+                let binding = self.0.resolver.bind(&place.reference()).await?;
+                last_step(&place, want, &binding)?
+            }
+        };
+        Ok(self.remember(&parent, &node))
+    }
+
+    /// The kernel forgets `count` times that it was told of a node.
+    pub fn forget(&self, node: NodeId, count: u64) {
+        self.0.table.forget(node, count);
+    }
+
+    fn first_step(&self, parent: NodeId, name: &str) -> Result<(Node, Step), TreeError> {
+        if name.len() > NAME_MAX {
+            return Err(TreeError::NameTooLong);
+        }
+        let parent = self.0.table.get(parent)?;
+        let step = self.step(&parent, name)?;
+        Ok((parent, step))
+    }
+
+    /// What a name can be, as far as its spelling and what is bound tell.
+    pub(super) fn step(&self, parent: &Node, name: &str) -> Result<Step, TreeError> {
+        let nothing = || TreeError::not_found(name);
+        let here = |node| Ok(Step::Node(node));
+        match parent {
+            Node::Root => match names::root(name) {
+                RootName::Host => here(Node::Host(name.to_owned())),
+                RootName::Link(target) => here(parent.link(name, target)),
+                RootName::Nothing => Err(nothing()),
+            },
+            Node::Host(host) => match names::below(name) {
+                // `docker.io/gpt2:v1` is `docker.io/library/gpt2:v1`, as everywhere in OCI.
+                Name::Tagged(..) | Name::Pinned(..) if host == DOCKER_HUB => {
+                    here(parent.link(name, format!("{DOCKER_LIBRARY}/{name}")))
+                }
+                Name::TaggedPinned(component, digest) if host == DOCKER_HUB => {
+                    here(parent.link(name, format!("{DOCKER_LIBRARY}/{component}@{digest}")))
+                }
+                spelled => spelled_step(parent, host, None, name, spelled),
+            },
+            Node::Folder(folder) => {
+                let latest = || folder.repository().map(Place::Latest).ok_or_else(nothing);
+                let in_latest = || {
+                    Ok(Step::Model(
+                        latest()?,
+                        Want::Child(String::new(), name.to_owned()),
+                    ))
+                };
+                match names::below(name) {
+                    Name::TagAlias(tag) => {
+                        here(parent.link(name, format!("../{}:{tag}", folder.name())))
+                    }
+                    Name::DigestAlias(digest) => {
+                        here(parent.link(name, format!("../{}@{digest}", folder.name())))
+                    }
+                    Name::FileLike => in_latest(),
+                    Name::Component | Name::Other if self.latest_has(folder, name) => in_latest(),
+                    spelled => {
+                        spelled_step(parent, &folder.host, Some(&folder.path), name, spelled)
+                    }
+                }
+            }
+            Node::Directory { place, path } => Ok(Step::Model(
+                place.clone(),
+                Want::Child(path.clone(), name.to_owned()),
+            )),
+            Node::File { .. } | Node::Link { .. } => Err(TreeError::NotDirectory),
+        }
+    }
+
+    /// Whether `:latest` of the repository is shown already and has something of this name.
+    fn latest_has(&self, folder: &Folder, name: &str) -> bool {
+        self.latest(folder)
+            .is_some_and(|binding| binding.shown.child("", name).is_some())
+    }
+
+    /// What `:latest` of a repository shows, when it is shown already.
+    pub(super) fn latest(&self, folder: &Folder) -> Option<Arc<Binding>> {
+        self.0
+            .resolver
+            .bindings()
+            .get(&Place::Latest(folder.repository()?).reference())
+    }
+
+    /// Counts one more time that the kernel is told of the node, and makes the answer.
+    pub(super) fn remember(&self, parent: &Node, node: &Node) -> Entry {
+        let ino = self.0.table.remember(node);
+        Entry {
+            attr: self.attr(node, ino),
+            entry_ttl: self.entry_ttl(parent, node),
+            attr_ttl: self.attr_ttl(node),
+        }
+    }
+
+    // Attributes.
+
+    /// What stat(2) tells of a node, and for how long that holds.
+    pub fn getattr(&self, node: NodeId) -> Result<(Attr, Duration), TreeError> {
+        let found = self.0.table.get(node)?;
+        Ok((self.attr(&found, node), self.attr_ttl(&found)))
+    }
+
+    fn attr(&self, node: &Node, ino: NodeId) -> Attr {
+        let (kind, size, blocks, time) = match node {
+            Node::Root | Node::Host(_) | Node::Folder(_) => (Kind::Directory, 0, 0, self.0.started),
+            Node::Directory { place, .. } => {
+                let binding = self.0.resolver.bindings().get(&place.reference());
+                let time = binding.map_or(self.0.started, |binding| binding.shown.model().created);
+                (Kind::Directory, 0, 0, time)
+            }
+            Node::File { shown, path } => {
+                let (size, cached) = shown
+                    .file(path)
+                    .map_or((0, 0), |file| (file.size, attr::cached(file)));
+                (
+                    Kind::File,
+                    size,
+                    attr::blocks(size, cached),
+                    shown.model().created,
+                )
+            }
+            Node::Link { target, .. } => (Kind::Link, target.len() as u64, 0, self.0.started),
+        };
+        Attr {
+            ino,
+            kind,
+            size,
+            blocks,
+            time,
+            uid: self.0.config.uid,
+            gid: self.0.config.gid,
+        }
+    }
+
+    /// For how long the kernel may believe that the name still means this node.
+    fn entry_ttl(&self, parent: &Node, node: &Node) -> Duration {
+        match (parent, node) {
+            (_, Node::Link { .. }) => FOREVER,
+            (_, Node::Root | Node::Host(_) | Node::Folder(_)) => SPELLED,
+            (_, Node::Directory { place, .. }) | (Node::Directory { place, .. }, _)
+                if place.is_immutable() =>
+            {
+                FOREVER
+            }
+            _ => self.below_tag(),
+        }
+    }
+
+    fn attr_ttl(&self, node: &Node) -> Duration {
+        match node {
+            Node::Link { .. } => FOREVER,
+            Node::Root | Node::Host(_) | Node::Folder(_) => SPELLED,
+            Node::Directory { place, .. } if place.is_immutable() => FOREVER,
+            Node::Directory { .. } => self.below_tag(),
+            Node::File { shown, path } => match shown.file(path) {
+                Some(file) if attr::cached(file) < file.size => GROWING,
+                _ => SPELLED,
+            },
+        }
+    }
+
+    fn below_tag(&self) -> Duration {
+        BELOW_TAG.min(self.0.config.tag_ttl / 10)
+    }
+
+    /// The content of a blob has turned out wrong: the kernel must not serve from its memory what it was given of it.
+    pub fn drop_content(&self, blob: Digest) {
+        let shows = |node: &Node| match node {
+            Node::File { shown, path } => shown
+                .file(path)
+                .is_some_and(|file| file.digest == Some(blob)),
+            _ => false,
+        };
+        for node in self.0.table.matching(shows) {
+            self.0.resolver.send(Invalidation::Content(node));
+        }
+    }
+
+    /// The target of a symbolic link.
+    pub fn readlink(&self, node: NodeId) -> Result<String, TreeError> {
+        match self.0.table.get(node)? {
+            Node::Link { target, .. } => Ok(target),
+            _ => Err(TreeError::NotLink),
+        }
+    }
+
+    /// The extended attributes of a node.
+    pub fn xattrs(&self, node: NodeId) -> Result<Vec<(&'static str, String)>, TreeError> {
+        let node = self.0.table.get(node)?;
+        if let Node::File { shown, path } = &node {
+            return Ok(shown.file(path).map(attr::of_file).unwrap_or_default());
+        }
+        let binding = node
+            .model_place()
+            .and_then(|place| self.0.resolver.bindings().get(&place.reference()));
+        Ok(binding.map_or_else(Vec::new, |binding| {
+            vec![
+                ("user.oci.digest", binding.shown.digest().to_string()),
+                ("user.oci.reference", binding.reference.to_string()),
+            ]
+        }))
+    }
+
+    /// One extended attribute.
+    pub fn xattr(&self, node: NodeId, name: &str) -> Result<String, TreeError> {
+        // Every `ls -l` asks for labels and access lists. Those need no look at the node.
+        if !name.starts_with("user.oci") {
+            return Err(TreeError::NoAttribute);
+        }
+        let found = self
+            .xattrs(node)?
+            .into_iter()
+            .find(|(known, _)| *known == name);
+        found.map(|(_, value)| value).ok_or(TreeError::NoAttribute)
+    }
+
+    /// The size of the cache, for statfs.
+    pub fn space(&self) -> Space {
+        (self.0.config.space)()
+    }
+
+    // Files.
+
+    /// Opens a file for reading.
+    pub fn open(&self, node: NodeId) -> Result<Opened, TreeError> {
+        let Node::File { shown, path } = self.0.table.get(node)? else {
+            return Err(TreeError::IsDirectory);
+        };
+        let hold = self
+            .0
+            .resolver
+            .bindings()
+            .hold_artifact(shown.digest(), self.0.config.tag_ttl);
+        let handle = self.0.handles.add_file(OpenFile::new(shown, &path)?, hold);
+        Ok(Opened {
+            handle,
+            immutable: true,
+        })
+    }
+
+    /// The file that a handle is open on. A handle that is not known is of a tree before this one: then the node tells.
+    pub fn file(&self, node: NodeId, handle: HandleId) -> Result<OpenFile, TreeError> {
+        if let Some(file) = self.0.handles.file(handle) {
+            return Ok(file);
+        }
+        match self.0.table.get(node)? {
+            Node::File { shown, path } => OpenFile::new(shown, &path),
+            _ => Err(TreeError::IsDirectory),
+        }
+    }
+
+    /// Closes a file or directory.
+    pub fn release(&self, handle: HandleId) {
+        self.0.handles.close(handle);
+    }
+
+    // For people.
+
+    /// Asks the registry what a tag points at now and shows that, whatever is open: open files stay what they are.
+    pub async fn refresh(&self, reference: &Reference) -> Result<Digest, TreeError> {
+        Ok(self.0.resolver.refresh(reference).await?.shown.digest())
+    }
+
+    /// What is shown now.
+    pub fn bound(&self) -> Vec<BoundModel> {
+        self.0.resolver.bindings().summary()
+    }
+
+    /// How many nodes the kernel holds.
+    pub fn nodes(&self) -> usize {
+        self.0.table.len()
+    }
+
+    /// How many handles are open.
+    pub fn open_handles(&self) -> usize {
+        self.0.handles.len()
+    }
+}
+
+/// What a name in a host or repository directory means by its spelling.
+fn spelled_step(
+    parent: &Node,
+    host: &str,
+    path: Option<&str>,
+    name: &str,
+    spelled: Name<'_>,
+) -> Result<Step, TreeError> {
+    let path = |component: &str| {
+        path.map_or_else(
+            || component.to_owned(),
+            |path| format!("{path}/{component}"),
+        )
+    };
+    let nothing = || TreeError::not_found(name);
+    let repository = |component| names::repository(host, &path(component)).ok_or_else(nothing);
+    match spelled {
+        Name::Tagged(component, tag) => Ok(Step::Model(
+            Place::Tagged(repository(component)?, tag),
+            Want::Directory,
+        )),
+        Name::Pinned(component, digest) => Ok(Step::Model(
+            Place::Pinned(repository(component)?, digest),
+            Want::Directory,
+        )),
+        Name::TaggedPinned(component, digest) => Ok(Step::Node(
+            parent.link(name, format!("{component}@{digest}")),
+        )),
+        Name::Component => {
+            repository(name)?;
+            Ok(Step::Node(Node::Folder(Folder {
+                host: host.to_owned(),
+                path: path(name),
+            })))
+        }
+        Name::TagAlias(_) | Name::DigestAlias(_) | Name::FileLike | Name::Other => Err(nothing()),
+    }
+}
+
+/// What is wanted of a model, now that it is there.
+pub(super) fn last_step(
+    place: &Place,
+    want: Want,
+    binding: &Arc<Binding>,
+) -> Result<Node, TreeError> {
+    match want {
+        Want::Directory => Ok(place.directory("")),
+        Want::Child(path, name) => match binding.shown.child(&path, &name) {
+            Some(child) => Ok(child_node(place, &path, &name, child, binding)),
+            None => Err(TreeError::not_found(name)),
+        },
+    }
+}
+
+pub(super) fn child_node(
+    place: &Place,
+    path: &str,
+    name: &str,
+    child: Child,
+    binding: &Binding,
+) -> Node {
+    let path = join(path, name);
+    match child {
+        Child::Directory => place.directory(&path),
+        Child::File(_) => Node::File {
+            shown: binding.shown.clone(),
+            path,
+        },
+    }
+}

@@ -1,0 +1,56 @@
+//! What the tree hands out.
+
+use std::time::Duration;
+
+use super::attr::{Attr, Kind};
+use super::handles::HandleId;
+use super::node::{Node, NodeId};
+
+/// The answer to a lookup. The kernel holds the node from then on, until it is forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The node's attributes.
+    pub attr: Attr,
+    /// For how long the name means this node without asking again.
+    pub entry_ttl: Duration,
+    /// For how long the attributes hold without asking again.
+    pub attr_ttl: Duration,
+}
+
+/// One entry of a listing.
+#[derive(Clone, Debug)]
+pub struct DirEntry {
+    /// The name.
+    pub name: String,
+    /// The number that the node has, or will have when it is looked up.
+    pub ino: NodeId,
+    /// Its kind.
+    pub kind: Kind,
+    /// The node itself, where nobody has to be asked for it.
+    pub(super) node: Option<Node>,
+}
+
+/// The answer to an open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// The handle.
+    pub handle: HandleId,
+    /// Whether what was opened can never change, so that the kernel may keep a listing.
+    pub immutable: bool,
+}
+
+/// What the kernel must be told to drop from its caches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Invalidation {
+    /// A name in a directory means something else now.
+    Entry {
+        /// The directory.
+        parent: NodeId,
+        /// The name.
+        name: String,
+    },
+    /// A node's attributes have changed.
+    Attributes(NodeId),
+    /// What the kernel keeps of a file's content is wrong.
+    Content(NodeId),
+}
