@@ -4,5 +4,6 @@ pub mod base;
 pub mod blob;
 pub mod cache;
 pub mod model;
+pub mod mount;
 pub mod registry;
 pub mod tree;

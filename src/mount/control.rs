@@ -1,0 +1,284 @@
+//! The control socket: how `ocifs status`, `refresh` and `umount` find and ask the daemon of a mount.
+//!
+//! Each mount has a Unix socket `<runtime dir>/<major>-<minor>.sock`, named after the device number of its file system, so that it is
+//! found from the mount table alone. It belongs to the daemon's user (0600, in a directory of 0700). A client sends one
+//! line of JSON and gets one line of JSON: `{"ok": …}` or `{"error": "…"}`.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+
+use super::MountError;
+use super::mountinfo::MountInfo;
+
+/// The longest line that is read, in bytes.
+const LINE_MAX: u64 = 16 << 20;
+
+/// The longest request, in bytes.
+const REQUEST_MAX: u64 = 64 << 10;
+
+/// A client that has sent nothing for so long is let go.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a daemon can be asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "request", deny_unknown_fields)]
+pub enum Request {
+    /// What it does.
+    Status,
+    /// Ask the registry what a tag points at now.
+    Refresh {
+        /// The tag's reference.
+        reference: String,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Response {
+    Ok(Value),
+    Error(String),
+}
+
+/// Answers requests: given by the layer above, which knows what there is to tell.
+pub type Handler = Arc<dyn Fn(Request) -> BoxFuture<'static, Result<Value, String>> + Send + Sync>;
+
+/// The socket of a mount.
+pub(super) fn socket_path(runtime_dir: &Path, mount: &MountInfo) -> PathBuf {
+    runtime_dir.join(format!("{}-{}.sock", mount.major, mount.minor))
+}
+
+/// The daemon's side. The socket goes away when this is dropped.
+#[derive(Debug)]
+pub(super) struct Server {
+    path: PathBuf,
+    /// Device and inode of the socket: a later mount may have taken the name.
+    identity: (u64, u64),
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Server {
+    /// Listens for requests about `mount`. Needs a tokio runtime.
+    pub(super) fn start(
+        runtime_dir: &Path,
+        mount: &MountInfo,
+        handler: Handler,
+    ) -> Result<Self, MountError> {
+        let path = socket_path(runtime_dir, mount);
+        let failed = |source| MountError::Setup {
+            action: "cannot listen at",
+            path: path.clone(),
+            source,
+        };
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(runtime_dir);
+        made.map_err(|source| MountError::Setup {
+            action: "cannot make",
+            path: runtime_dir.to_owned(),
+            source,
+        })?;
+        // The number of our device is nobody else's now, so what has this name is left over.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        let listener = tokio::net::UnixListener::bind(&path).map_err(failed)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let identity = identity(&path).map_err(failed)?;
+        let task = tokio::spawn(async move {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => {
+                        tokio::spawn(serve(stream, handler.clone()));
+                    }
+                    Err(error) => {
+                        // Out of descriptors, most likely: the others get better by waiting.
+                        tracing::warn!(%error, "a client of the control socket was not accepted");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+        });
+        Ok(Self {
+            path,
+            identity,
+            task,
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+async fn serve(stream: tokio::net::UnixStream, handler: Handler) {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    let mut reader = tokio::io::BufReader::new(reader.take(REQUEST_MAX));
+    match tokio::time::timeout(CLIENT_PATIENCE, reader.read_line(&mut line)).await {
+        Ok(Ok(length)) if length > 0 => {}
+        _ => return,
+    }
+    let response = match serde_json::from_str(&line) {
+        Ok(request) => match handler(request).await {
+            Ok(value) => Response::Ok(value),
+            Err(error) => Response::Error(error),
+        },
+        Err(error) => Response::Error(format!(
+            "not a request that this version of ocifs knows: {error}"
+        )),
+    };
+    let Ok(mut text) = serde_json::to_string(&response) else {
+        return;
+    };
+    text.push('\n');
+    let _ = tokio::time::timeout(CLIENT_PATIENCE, writer.write_all(text.as_bytes())).await;
+}
+
+/// Asks the daemon of a mount, and waits for its answer for at most `patience`.
+pub fn request(
+    runtime_dir: &Path,
+    mount: &MountInfo,
+    request: &Request,
+    patience: Duration,
+) -> Result<Value, MountError> {
+    let socket = socket_path(runtime_dir, mount);
+    match ask(&socket, request, patience) {
+        Ok(Response::Ok(value)) => Ok(value),
+        Ok(Response::Error(error)) => Err(MountError::Refused(error)),
+        Err(source) => Err(MountError::Control {
+            path: mount.path.clone(),
+            socket,
+            source,
+        }),
+    }
+}
+
+fn ask(socket: &Path, request: &Request, patience: Duration) -> io::Result<Response> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_write_timeout(Some(patience))?;
+    stream.set_read_timeout(Some(patience))?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    stream.write_all(line.as_bytes())?;
+    line.clear();
+    BufReader::new(stream.take(LINE_MAX)).read_line(&mut line)?;
+    Ok(serde_json::from_str(&line)?)
+}
+
+/// The process that listens at a mount's socket.
+pub(super) fn daemon(runtime_dir: &Path, mount: &MountInfo) -> Option<u32> {
+    let stream = UnixStream::connect(socket_path(runtime_dir, mount)).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).ok()?;
+    u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount() -> MountInfo {
+        MountInfo {
+            major: 0,
+            minor: 999,
+            root: "/".into(),
+            path: "/models".into(),
+            kind: "fuse.ocifs".into(),
+        }
+    }
+
+    fn handler() -> Handler {
+        Arc::new(|request| {
+            Box::pin(async move {
+                match request {
+                    Request::Status => Ok(serde_json::json!({ "pid": std::process::id() })),
+                    Request::Refresh { reference } => Err(format!("{reference}: not found")),
+                }
+            })
+        })
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn requests_are_answered_and_the_socket_is_private_and_goes_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime_dir = directory.path().join("ocifs");
+        let server = Server::start(&runtime_dir, &mount(), handler()).unwrap();
+        let path = socket_path(&runtime_dir, &mount());
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(
+            fs::metadata(&runtime_dir).unwrap().permissions().mode() & 0o777,
+            0o700
+        );
+
+        let dir = runtime_dir.clone();
+        tokio::task::spawn_blocking(move || {
+            let ask = |question| request(&dir, &mount(), &question, Duration::from_secs(5));
+            assert_eq!(ask(Request::Status).unwrap()["pid"], std::process::id());
+            let error = ask(Request::Refresh {
+                reference: "gpt2:v9".into(),
+            })
+            .unwrap_err();
+            assert_eq!(error.to_string(), "gpt2:v9: not found");
+            assert_eq!(daemon(&dir, &mount()), Some(std::process::id()));
+            let mut stream = UnixStream::connect(socket_path(&dir, &mount())).unwrap();
+            stream.write_all(b"nonsense\n").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with(r#"{"error":"#), "{answer}");
+        })
+        .await
+        .unwrap();
+
+        // The next daemon on the same device number takes the name over, and keeps it when the first one ends.
+        let next = Server::start(&runtime_dir, &mount(), handler()).unwrap();
+        drop(server);
+        assert!(path.exists());
+        drop(next);
+        assert!(!path.exists());
+        let error = request(
+            &runtime_dir,
+            &mount(),
+            &Request::Status,
+            Duration::from_secs(1),
+        )
+        .unwrap_err();
+        assert!(matches!(error, MountError::Control { .. }));
+    }
+
+    #[test]
+    fn requests_look_like_this_on_the_wire() {
+        let line = serde_json::to_string(&Request::Refresh {
+            reference: "gpt2:v1".into(),
+        })
+        .unwrap();
+        assert_eq!(line, r#"{"request":"refresh","reference":"gpt2:v1"}"#);
+        assert_eq!(
+            serde_json::to_string(&Request::Status).unwrap(),
+            r#"{"request":"status"}"#
+        );
+    }
+}

@@ -1,0 +1,32 @@
+//! The mount: FUSE protocol, session, daemon, control socket. No logic: what a request means is decided in [`crate::tree`].
+//!
+//! | file | what |
+//! |---|---|
+//! | `fuse` | decode a request, call the tree, reply |
+//! | `reply` | the tree's answers in the protocol's terms |
+//! | `errno` | the only place that names error numbers |
+//! | `session` | mount, serve, end |
+//! | `point` | what may be mounted on, and healing a dead mount |
+//! | `umount` | taking a mount down from outside |
+//! | `control` | a socket per mount, for `status` and `refresh` |
+//! | `daemon` | going to the background |
+//! | `mountinfo` | which mounts there are |
+
+mod control;
+mod daemon;
+mod errno;
+mod error;
+mod fuse;
+mod mountinfo;
+mod point;
+mod reply;
+mod session;
+mod umount;
+
+pub use control::{Handler, Request, request};
+pub use daemon::{Ready, spawn_detached};
+pub use error::MountError;
+pub use mountinfo::{FS_TYPE, MountInfo, mounts};
+pub use point::{find, full_path};
+pub use session::{Mount, MountOptions, terminated};
+pub use umount::{Umount, Unmounted, unmount};
