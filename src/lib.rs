@@ -5,5 +5,7 @@ pub mod blob;
 pub mod cache;
 pub mod model;
 pub mod mount;
+pub mod pack;
 pub mod registry;
+pub mod serve;
 pub mod tree;
