@@ -1,0 +1,98 @@
+//! What commands share: the log, the runtime, and the layers built from the settings, bottom-up.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use tokio::runtime::{Builder, Runtime};
+use tracing_subscriber::EnvFilter;
+
+use super::args::{Cli, Command, Global};
+use super::limit;
+use crate::base::Deadline;
+use crate::blob::{Blobs, Prefetch};
+use crate::cache::{Cache, CacheConfig};
+use crate::config::{Settings, Surroundings, Values};
+use crate::model::{Model, Models};
+use crate::registry::{Reference, Registry};
+
+/// Messages go to stderr: warnings, and more for `-v`; `OCIFS_LOG` takes tracing's filters and wins.
+pub(super) fn log_to_stderr(cli: &Cli) {
+    let foreground = matches!(&cli.command, Command::Mount(mount) if mount.foreground);
+    let level = match cli.global.verbose {
+        0 if foreground || matches!(cli.command, Command::Serve(_)) => "warn,ocifs=info",
+        0 => "warn",
+        1 => "warn,ocifs=info",
+        _ => "info,ocifs=debug",
+    };
+    let asked = std::env::var("OCIFS_LOG")
+        .ok()
+        .filter(|filter| !filter.is_empty());
+    let filter = asked
+        .and_then(|filter| EnvFilter::try_new(filter).ok())
+        .unwrap_or_else(|| EnvFilter::new(level));
+    let terminal = rustix::termios::isatty(std::io::stderr());
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal && std::env::var_os("NO_COLOR").is_none())
+        .with_target(false);
+    // A test that runs several commands in one process has set it already.
+    let _ = subscriber.try_init();
+}
+
+/// A runtime for one command.
+pub(super) fn runtime() -> Result<Runtime> {
+    Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start threads")
+}
+
+/// The settings that hold for a command.
+pub(super) fn settings(global: &Global, typed: Values) -> Result<Settings> {
+    Ok(Settings::resolve(
+        typed,
+        global.config.as_deref(),
+        &Surroundings::of_process(),
+    )?)
+}
+
+/// The cache of these settings.
+pub(super) fn cache(settings: &Settings) -> Result<Cache> {
+    let limit = match settings.cache_size {
+        Some(limit) => limit,
+        None => limit::default(&settings.cache_dir)?,
+    };
+    Ok(Cache::open(CacheConfig {
+        dir: settings.cache_dir.clone(),
+        limit,
+    })?)
+}
+
+/// The layers from the cache and the registries up to models. Must be called inside a runtime.
+pub(super) fn models(settings: &Settings) -> Result<(Models, Blobs)> {
+    let registry = Registry::new(settings.registry.clone())?;
+    let blobs = Blobs::new(cache(settings)?, registry, settings.blob.clone());
+    Ok((Models::new(blobs.clone(), settings.model.clone()), blobs))
+}
+
+/// What a command that only looks at models works with: nothing is fetched beside what is asked for.
+pub(super) fn looking(global: &Global, typed: Values) -> Result<Settings> {
+    let mut settings = settings(global, typed)?;
+    settings.blob.prefetch = Prefetch::None;
+    Ok(settings)
+}
+
+/// The model that a reference shows, usable or not.
+pub(super) async fn look_up(
+    models: &Models,
+    reference: &Reference,
+) -> Result<std::sync::Arc<Model>> {
+    let digest = models.resolve(reference).await?;
+    Ok(models.inspect(reference.repository(), &digest).await?)
+}
+
+/// The time that looking into one file may take.
+pub(super) fn look_deadline() -> Deadline {
+    Deadline::after(Duration::from_secs(60))
+}

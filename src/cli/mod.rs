@@ -1,0 +1,73 @@
+//! The command line: parses what was typed, wires the layers together, prints, and ends with a documented code.
+//!
+//! Stdout, the environment and `anyhow` are used here (and in `config`) and nowhere below.
+
+pub mod args;
+mod cache;
+mod context;
+mod demo;
+pub mod exit;
+mod explain;
+mod inspect;
+mod interrupt;
+mod limit;
+mod ls;
+mod mount;
+mod output;
+mod progress;
+mod pull;
+mod push;
+mod refresh;
+mod serve;
+mod status;
+mod typed;
+mod umount;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use exit::Exit;
+
+/// Runs the command that `arguments` ask for (the program's name first); everything it says goes to stdout and stderr.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to stdout and are no error; a reader that left is none either.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
+        }
+    };
+    context::log_to_stderr(&cli);
+    match dispatch(&cli) {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            let explained = explain::explain(&error);
+            if let Some(text) = explained.text(&error) {
+                let _ = writeln!(std::io::stderr().lock(), "{text}");
+            }
+            explained.exit.into()
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
+    let global = &cli.global;
+    match &cli.command {
+        Command::Mount(args) => mount::run(global, args),
+        Command::Umount(args) => umount::run(global, args),
+        Command::Status(args) => status::run(global, args),
+        Command::Refresh(args) => refresh::run(global, args),
+        Command::Cache(command) => cache::run(global, command),
+        Command::Ls(args) => ls::run(global, args),
+        Command::Inspect(args) => inspect::run(global, args),
+        Command::Pull(args) => pull::run(global, args),
+        Command::Push(args) => push::run(global, args),
+        Command::Serve(args) => serve::run(args),
+        Command::Demo(args) => demo::run(args),
+    }
+}

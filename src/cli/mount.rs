@@ -1,0 +1,263 @@
+//! `ocifs mount`: builds the layers bottom-up and serves them, here or in a process in the background.
+
+use std::ffi::OsString;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+use super::args::{Global, Mount};
+use super::context;
+use super::exit::Exit;
+use super::explain::{Failure, explain};
+use crate::blob::{Blobs, Verified};
+use crate::config::Settings;
+use crate::model::Models;
+use crate::mount::{self, Handler, MountOptions, Ready, Request};
+use crate::registry::Reference;
+use crate::tree::{Space, Tree, TreeConfig};
+
+/// How long the mount may take to come up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
+    if args.detached {
+        return Ok(detached(global, args));
+    }
+    let settings = context::settings(global, args.values()?)?;
+    if args.foreground {
+        serve(args, &settings, || Ok(()))?;
+        return Ok(Exit::Ok);
+    }
+    let point = mount::full_path(&args.mountpoint).unwrap_or_else(|_| args.mountpoint.clone());
+    let log = log_file(&settings.runtime_dir, &point)?;
+    let typed = std::env::args_os()
+        .skip(1)
+        .chain([OsString::from("--detached")]);
+    // What goes wrong there is told with its exit code, on the first line.
+    mount::spawn_detached(typed, Some(log), PATIENCE).map_err(|text| {
+        let told = text
+            .split_once('\n')
+            .and_then(|(code, rest)| Some((exit_of(code.parse().ok()?)?, rest)));
+        let (exit, message) = told.unwrap_or((Exit::Failure, &text));
+        Failure::new(exit, message)
+    })?;
+    Ok(Exit::Ok)
+}
+
+/// The process in the background.
+fn detached(global: &Global, args: &Mount) -> Exit {
+    let ready = match Ready::adopt() {
+        Ok(ready) => ready,
+        Err(error) => {
+            tracing::error!(%error, "cannot leave the terminal");
+            return Exit::Failure;
+        }
+    };
+    let mut ready = Some(ready);
+    let result = (|| {
+        let settings = context::settings(global, args.values()?)?;
+        let signal = || ready.take().map_or(Ok(()), Ready::signal);
+        serve(args, &settings, signal)
+    })();
+    let Err(error) = result else { return Exit::Ok };
+    let explained = explain(&error);
+    let text = explained.text(&error).unwrap_or_default();
+    match ready {
+        Some(ready) => {
+            let text = text.strip_prefix("error: ").unwrap_or(&text);
+            let _ = ready.fail(&format!("{}\n{text}", explained.exit as u8));
+        }
+        None => tracing::error!("{text}"),
+    }
+    explained.exit
+}
+
+fn exit_of(code: u8) -> Option<Exit> {
+    use Exit::{Busy, Corrupt, Denied, Failure, Network, NotFound, Usage};
+    [Failure, Usage, NotFound, Denied, Network, Corrupt, Busy]
+        .into_iter()
+        .find(|exit| *exit as u8 == code)
+}
+
+/// Where the background process writes its messages: `<runtime dir>/<mount point with dashes>.log`, begun anew.
+fn log_file(runtime_dir: &Path, point: &Path) -> Result<File> {
+    let made = DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(runtime_dir);
+    made.with_context(|| format!("cannot make {}", runtime_dir.display()))?;
+    let path = runtime_dir.join(log_name(point));
+    // Nobody's link is followed: the directory may be in /tmp.
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .custom_flags(flags)
+        .open(&path);
+    file.with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn log_name(point: &Path) -> String {
+    let name = point.to_string_lossy().trim_matches('/').replace('/', "-");
+    // File names end at 255 bytes.
+    let start = name
+        .char_indices()
+        .map(|(at, _)| at)
+        .find(|at| name.len() - at <= 200)
+        .unwrap_or(0);
+    format!("{}.log", &name[start..])
+}
+
+/// Mounts, says so by `up`, and serves until SIGINT, SIGTERM or an unmount.
+fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>) -> Result<()> {
+    let runtime = context::runtime()?;
+    let (models, blobs) = {
+        let _entered = runtime.enter();
+        context::models(settings)?
+    };
+    let (tree, events) = Tree::new(Arc::new(models.clone()), tree_config(settings, &blobs));
+    let options = MountOptions {
+        allow_other: settings.allow_other,
+        ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
+    };
+    let watching = tree.clone().follow(blobs.events());
+    let handler = handler(settings, &tree, &models, &blobs);
+    let mount = mount::Mount::new(tree, events, &options, handler, runtime.handle().clone())?;
+    runtime.spawn(models.tend());
+    runtime.spawn(watching);
+    up().context("cannot tell that the mount is up")?;
+    tracing::info!(path = %mount.info().path.display(), cache = %settings.cache_dir.display(), "mounted");
+    runtime.block_on(mount.run(mount::terminated()))?;
+    tracing::info!("unmounted");
+    // Downloads under way are given up; what they wrote is kept.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
+    let cache = blobs.cache().clone();
+    TreeConfig {
+        tag_ttl: settings.model.tag_ttl,
+        patience: settings.model.metadata_timeout,
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+        space: Arc::new(move || {
+            let usage = cache.usage();
+            Space {
+                limit: usage.limit,
+                free: usage.limit.saturating_sub(usage.allocated),
+            }
+        }),
+        ..TreeConfig::default()
+    }
+}
+
+/// Answers `ocifs status` and `ocifs refresh`.
+fn handler(settings: &Settings, tree: &Tree, models: &Models, blobs: &Blobs) -> Handler {
+    let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
+    let (dir, start): (PathBuf, _) = (settings.cache_dir.clone(), Instant::now());
+    Arc::new(move |request| {
+        let (tree, models, blobs, dir) = (tree.clone(), models.clone(), blobs.clone(), dir.clone());
+        Box::pin(async move {
+            match request {
+                Request::Status => Ok(status(&tree, &models, &blobs, &dir, start.elapsed()).await),
+                Request::Refresh { reference } => {
+                    let reference: Reference =
+                        reference.parse().map_err(|error| format!("{error}"))?;
+                    let digest = tree.refresh(&reference).await;
+                    digest
+                        .map(|digest| json!({ "digest": digest }))
+                        .map_err(|error| causes(&error))
+                }
+            }
+        })
+    })
+}
+
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let message = cause.to_string();
+        if !text.contains(&message) {
+            text = format!("{text}: {message}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, up: Duration) -> Value {
+    let usage = blobs.cache().usage();
+    let mut shown = Vec::new();
+    for bound in tree.bound() {
+        let reference = bound.reference.to_string();
+        let mut entry = json!({
+            "reference": reference,
+            "digest": bound.digest,
+            "open": bound.open,
+            "idleSeconds": bound.idle.as_secs(),
+        });
+        // It is shown, so it is in memory: nobody is asked.
+        if let Ok(model) = models
+            .inspect(bound.reference.repository(), &bound.digest)
+            .await
+        {
+            entry["size"] = json!(model.size());
+            entry["cached"] = json!(model.blobs.iter().map(|blob| blob.cached()).sum::<u64>());
+            entry["verified"] = json!(model.is_complete());
+        }
+        shown.push(entry);
+    }
+    let live = blobs.live();
+    let live = live.iter().map(|blob| {
+        let verified = match blob.verified() {
+            Verified::Yes => "yes",
+            Verified::NotYet => "not yet",
+            Verified::No { .. } => "no",
+        };
+        json!({ "digest": blob.digest(), "size": blob.size(), "cached": blob.cached(), "verified": verified })
+    });
+    json!({
+        "pid": std::process::id(),
+        "version": env!("CARGO_PKG_VERSION"),
+        "upSeconds": up.as_secs(),
+        "offline": blobs.config().offline,
+        "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit },
+        "models": shown,
+        "blobs": live.collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logs_have_a_name_each_and_exit_codes_survive_the_pipe() {
+        assert_eq!(log_name(Path::new("/srv/models/")), "srv-models.log");
+        let long = log_name(Path::new(&format!("/{}/é", "é".repeat(300))));
+        assert!(long.len() <= 204 && long.ends_with("-é.log"));
+        assert_eq!(exit_of(7), Some(Exit::Busy));
+        assert_eq!(exit_of(0), None);
+    }
+
+    #[test]
+    fn a_log_is_begun_anew_and_no_link_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let point = Path::new("/m");
+        drop(log_file(&dir.path().join("run"), point).unwrap());
+        let path = dir.path().join("run/m.log");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
+        assert!(log_file(&dir.path().join("run"), point).is_err());
+    }
+}

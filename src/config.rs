@@ -1,0 +1,489 @@
+//! Settings: flag, then `OCIFS_*`, then configuration file, then default; checked once, then immutable.
+//!
+//! Every setting has one row in [`SETTINGS`]; flags, environment variables, file keys and `-o` options all take
+//! their names from it. Values stay text with their origin until [`Settings::resolve`] reads them, so
+//! that a mistake is reported with the place that it was made in.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::blob::BlobConfig;
+use crate::model::ModelConfig;
+use crate::registry::{RegistryConfig, default_auth_files};
+
+mod file;
+mod nearest;
+mod parse;
+#[cfg(test)]
+mod tests;
+
+pub use nearest::nearest;
+pub use parse::duration;
+use parse::{cache_size, positive, prefetch, split, strict, yes_or_no};
+
+/// What a setting's value looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One text.
+    One,
+    /// Any number of texts; in a variable or an `-o` option separated by `:`, in a flag repeated, in a file an array.
+    Many,
+    /// Yes or no; as a flag or an `-o` option without a value it means yes.
+    Switch,
+}
+
+/// One setting.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// Name of the flag (`--name`), the file's key and the `-o` option.
+    pub name: &'static str,
+    /// What its value looks like.
+    pub shape: Shape,
+    /// What it does, in one line.
+    pub about: &'static str,
+}
+
+const fn one(name: &'static str, about: &'static str) -> Setting {
+    Setting {
+        name,
+        shape: Shape::One,
+        about,
+    }
+}
+
+const fn many(name: &'static str, about: &'static str) -> Setting {
+    Setting {
+        name,
+        shape: Shape::Many,
+        about,
+    }
+}
+
+const fn switch(name: &'static str, about: &'static str) -> Setting {
+    Setting {
+        name,
+        shape: Shape::Switch,
+        about,
+    }
+}
+
+/// All settings.
+pub const SETTINGS: &[Setting] = &[
+    one("cache-dir", "where blobs are kept; an OCI image layout"),
+    one("cache-size", "limit on the cache's allocated bytes"),
+    one(
+        "prefetch",
+        "what is fetched beside what is read: none, blob or model",
+    ),
+    one("tag-ttl", "how long what a tag points at is believed"),
+    one(
+        "verify",
+        "when bytes are served: early, or strict (a blob is whole and verified first)",
+    ),
+    one("runtime-dir", "where the control sockets of mounts are"),
+    one("read-timeout", "how long a read of weights may wait in all"),
+    one(
+        "metadata-timeout",
+        "how long a lookup, an open or a listing may wait in all",
+    ),
+    one(
+        "connect-timeout",
+        "how long a connection to a registry may take to come up",
+    ),
+    one("stall-timeout", "how long a registry may send nothing"),
+    switch("offline", "never ask a registry for anything"),
+    switch("allow-other", "let other users read the mount"),
+    many("plain-http", "further hosts to speak plain HTTP with"),
+    many("ca-file", "PEM files with further certificate authorities"),
+    many(
+        "auth-file",
+        "credential files, instead of docker's and podman's",
+    ),
+];
+
+impl Setting {
+    /// The row with this name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        SETTINGS.iter().find(|setting| setting.name == name)
+    }
+
+    /// Its environment variable.
+    pub fn variable(&self) -> String {
+        format!("OCIFS_{}", self.name.replace('-', "_").to_ascii_uppercase())
+    }
+}
+
+/// Where a value was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// On the command line, as this flag.
+    Flag(String),
+    /// On the command line, in `-o`.
+    Option(String),
+    /// In this environment variable.
+    Variable(String),
+    /// In a file, on a line counted from one.
+    File(PathBuf, usize),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(name) => write!(f, "--{name}"),
+            Self::Option(name) => write!(f, "-o {name}"),
+            Self::Variable(name) => f.write_str(name),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
+        }
+    }
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A value that is none.
+    #[error("{origin}: {reason}")]
+    Value {
+        /// Where it stands.
+        origin: Origin,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A configuration file that cannot be read.
+    #[error("cannot read the configuration file {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A configuration file that is no TOML.
+    #[error("{}:{line}: {reason}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Counted from one.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// There is no home directory to keep a cache in.
+    #[error("no place for the cache: neither XDG_CACHE_HOME nor HOME is set; give --cache-dir DIR")]
+    NoHome,
+}
+
+/// Values by setting name, each with its origin. The first that is given wins.
+#[derive(Clone, Debug, Default)]
+pub struct Values(BTreeMap<&'static str, (Vec<String>, Origin)>);
+
+impl Values {
+    /// Gives a setting these values, unless one of higher rank has given it already.
+    pub fn give(&mut self, setting: &'static Setting, values: Vec<String>, origin: Origin) {
+        self.0.entry(setting.name).or_insert((values, origin));
+    }
+
+    /// Adds what a mount option says: `name`, `name=value`, with `_` for `-` where one likes.
+    ///
+    /// # Errors
+    /// When no setting has this name; the nearest one is named.
+    pub fn option(&mut self, text: &str) -> Result<(), ConfigError> {
+        let (name, value) = text
+            .split_once('=')
+            .map_or((text, None), |(name, value)| (name, Some(value)));
+        let wanted = name.replace('_', "-");
+        let origin = Origin::Option(name.to_owned());
+        let refuse = |reason: String| ConfigError::Value {
+            origin: Origin::Option(name.to_owned()),
+            reason,
+        };
+        let Some(setting) = Setting::named(&wanted) else {
+            let known = SETTINGS
+                .iter()
+                .map(|setting| setting.name)
+                .chain(STANDARD_OPTIONS.iter().copied());
+            let hint = nearest(&wanted, known)
+                .map(|near| format!("; did you mean `{near}`?"))
+                .unwrap_or_default();
+            return Err(refuse(format!("there is no such mount option{hint}")));
+        };
+        let values = match (setting.shape, value) {
+            (Shape::Switch, None) => vec!["true".to_owned()],
+            (_, None) => return Err(refuse(format!("needs a value: {wanted}=VALUE"))),
+            (Shape::Many, Some(value)) => split(value),
+            (_, Some(value)) => vec![value.to_owned()],
+        };
+        self.give(setting, values, origin);
+        Ok(())
+    }
+}
+
+/// Options of mount(8) that say nothing to ocifs, or what holds anyway. `rw` is among them because mount(8) passes
+/// it when nothing else was asked for; the mount is read-only whatever is given.
+pub const STANDARD_OPTIONS: &[&str] = &[
+    "ro",
+    "rw",
+    "defaults",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "nofail",
+    "_netdev",
+    "exec",
+    "noexec",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "atime",
+    "noatime",
+    "diratime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "strictatime",
+    "nostrictatime",
+    "lazytime",
+    "nolazytime",
+    "async",
+    "sync",
+    "default_permissions",
+];
+
+/// Splits the argument of `-o` and drops what is for mount(8) alone.
+pub fn mount_options(argument: &str) -> impl Iterator<Item = &str> {
+    argument.split(',').map(str::trim).filter(|option| {
+        !option.is_empty()
+            && !STANDARD_OPTIONS.contains(option)
+            && !["x-", "X-", "comment="]
+                .iter()
+                .any(|prefix| option.starts_with(prefix))
+    })
+}
+
+/// Everything that ocifs can be told, resolved.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The cache's directory, absolute.
+    pub cache_dir: PathBuf,
+    /// Where control sockets of mounts are, absolute.
+    pub runtime_dir: PathBuf,
+    /// The cache's limit in bytes; `None`: measure the file system when the cache is opened.
+    pub cache_size: Option<u64>,
+    /// Whether other users may read the mount.
+    pub allow_other: bool,
+    /// For the registry client.
+    pub registry: RegistryConfig,
+    /// For lazy blobs.
+    pub blob: BlobConfig,
+    /// For models.
+    pub model: ModelConfig,
+}
+
+/// What the process was started in: read here once, so that tests can give another.
+pub struct Surroundings<'a> {
+    /// Looks up an environment variable.
+    pub variable: &'a dyn Fn(&str) -> Option<OsString>,
+    /// The effective user; 0 is root.
+    pub user: u32,
+    /// The current directory.
+    pub directory: PathBuf,
+    /// The system's configuration file.
+    pub system_file: PathBuf,
+}
+
+impl fmt::Debug for Surroundings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Surroundings")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Surroundings<'static> {
+    /// Those of this process.
+    pub fn of_process() -> Self {
+        Self {
+            variable: &|name| std::env::var_os(name),
+            user: rustix::process::geteuid().as_raw(),
+            directory: std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/")),
+            system_file: PathBuf::from("/etc/ocifs/config.toml"),
+        }
+    }
+}
+
+impl Surroundings<'_> {
+    fn path(&self, variable: &str) -> Option<PathBuf> {
+        (self.variable)(variable)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    }
+
+    /// A directory of the user's by its variable, else below HOME.
+    fn user_dir(&self, variable: &str, below_home: &str) -> Option<PathBuf> {
+        let own = self.path(variable).filter(|path| path.is_absolute());
+        own.or_else(|| Some(self.path("HOME")?.join(below_home)))
+    }
+
+    /// /run for root; for others the directory that the session gave them, else one of their own in /tmp, which
+    /// the mount makes for them alone.
+    fn runtime_dir(&self) -> PathBuf {
+        if self.user == 0 {
+            return PathBuf::from("/run/ocifs");
+        }
+        let given = self
+            .path("XDG_RUNTIME_DIR")
+            .filter(|path| path.is_absolute());
+        given.map_or_else(
+            || PathBuf::from(format!("/tmp/ocifs-{}", self.user)),
+            |dir| dir.join("ocifs"),
+        )
+    }
+
+    fn cache_dir(&self) -> Result<PathBuf, ConfigError> {
+        if self.user == 0 {
+            return Ok(PathBuf::from("/var/cache/ocifs"));
+        }
+        let dir = self
+            .user_dir("XDG_CACHE_HOME", ".cache")
+            .ok_or(ConfigError::NoHome)?;
+        Ok(dir.join("ocifs"))
+    }
+}
+
+impl Settings {
+    /// Joins what was typed with the environment, the configuration files and the defaults.
+    ///
+    /// `config` is the file that `--config` names; it is then the only one, and has to exist.
+    ///
+    /// # Errors
+    /// When a value cannot be read, or a file is no configuration; the message names the place.
+    pub fn resolve(
+        mut values: Values,
+        config: Option<&Path>,
+        surroundings: &Surroundings<'_>,
+    ) -> Result<Self, ConfigError> {
+        for setting in SETTINGS {
+            let variable = setting.variable();
+            let Some(value) = (surroundings.variable)(&variable).filter(|value| !value.is_empty())
+            else {
+                continue;
+            };
+            let origin = Origin::Variable(variable);
+            let Some(value) = value.to_str() else {
+                return Err(ConfigError::Value {
+                    origin,
+                    reason: "is not UTF-8".to_owned(),
+                });
+            };
+            let list = if setting.shape == Shape::Many {
+                split(value)
+            } else {
+                vec![value.to_owned()]
+            };
+            values.give(setting, list, origin);
+        }
+        let named = config
+            .map(Path::to_owned)
+            .or_else(|| surroundings.path("OCIFS_CONFIG"));
+        match named {
+            Some(path) => file::read(&path, &mut values)?,
+            None => {
+                let user = surroundings.user_dir("XDG_CONFIG_HOME", ".config");
+                let user = user.map(|dir| dir.join("ocifs/config.toml"));
+                for path in user.iter().chain([&surroundings.system_file]) {
+                    match file::read(path, &mut values) {
+                        Err(ConfigError::Read { source, .. }) if is_absent(&source) => {}
+                        result => result?,
+                    }
+                }
+            }
+        }
+        let cache_dir = match values.0.get("cache-dir") {
+            Some((dir, _)) => surroundings.directory.join(&dir[0]),
+            None => surroundings.cache_dir()?,
+        };
+        let runtime_dir = match values.0.get("runtime-dir") {
+            Some((dir, _)) => surroundings.directory.join(&dir[0]),
+            None => surroundings.runtime_dir(),
+        };
+        let seconds = Duration::from_secs;
+        let paths = |name: &str| {
+            let list = values.list(name)?;
+            Some(
+                list.into_iter()
+                    .map(|path| surroundings.directory.join(path))
+                    .collect::<Vec<_>>(),
+            )
+        };
+        Ok(Self {
+            cache_dir,
+            runtime_dir,
+            cache_size: values.read("cache-size", cache_size)?,
+            allow_other: values.read("allow-other", yes_or_no)?.unwrap_or(false),
+            registry: RegistryConfig {
+                plain_http: values.list("plain-http").unwrap_or_default(),
+                ca_files: paths("ca-file").unwrap_or_default(),
+                auth_files: Some(
+                    paths("auth-file").unwrap_or_else(|| default_auth_files(surroundings.variable)),
+                ),
+                connect_timeout: values
+                    .read("connect-timeout", positive)?
+                    .unwrap_or(seconds(10)),
+                stall_timeout: values
+                    .read("stall-timeout", positive)?
+                    .unwrap_or(seconds(30)),
+            },
+            blob: BlobConfig {
+                prefetch: values.read("prefetch", prefetch)?.unwrap_or_default(),
+                read_timeout: values
+                    .read("read-timeout", positive)?
+                    .unwrap_or(seconds(300)),
+                offline: values.read("offline", yes_or_no)?.unwrap_or(false),
+                strict: values.read("verify", strict)?.unwrap_or(false),
+            },
+            model: ModelConfig {
+                tag_ttl: values
+                    .read("tag-ttl", duration)?
+                    .unwrap_or(seconds(15 * 60)),
+                metadata_timeout: values
+                    .read("metadata-timeout", positive)?
+                    .unwrap_or(seconds(20)),
+            },
+        })
+    }
+}
+
+impl Values {
+    fn read<T>(
+        &self,
+        name: &str,
+        parse: fn(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some((values, origin)) = self.0.get(name) else {
+            return Ok(None);
+        };
+        let text = values.first().map_or("", String::as_str);
+        let parsed = parse(text.trim());
+        parsed.map(Some).map_err(|reason| ConfigError::Value {
+            origin: origin.clone(),
+            reason,
+        })
+    }
+
+    fn list(&self, name: &str) -> Option<Vec<String>> {
+        self.0.get(name).map(|(values, _)| values.clone())
+    }
+}
+
+/// ENOENT, and a directory on the way that we may not search or that is a file.
+fn is_absent(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | NotADirectory | PermissionDenied)
+}

@@ -1,0 +1,108 @@
+//! Text to values, with messages that tell how to write them.
+
+use std::time::Duration;
+
+use crate::base::ByteSize;
+use crate::blob::Prefetch;
+
+/// A list in a variable or a mount option. A `:` before a port (digits alone) belongs to the item.
+pub(super) fn split(text: &str) -> Vec<String> {
+    let mut items: Vec<String> = Vec::new();
+    for part in text.split(':') {
+        let port =
+            !part.is_empty() && part.len() <= 5 && part.bytes().all(|byte| byte.is_ascii_digit());
+        match items.last_mut() {
+            Some(host) if port && !host.is_empty() && !host.contains(['/', ':']) => {
+                host.push(':');
+                host.push_str(part);
+            }
+            _ => items.push(part.trim().to_owned()),
+        }
+    }
+    items.retain(|item| !item.is_empty());
+    items
+}
+
+pub(super) fn cache_size(text: &str) -> Result<u64, String> {
+    const LEAST: u64 = 64 << 20;
+    let ByteSize(bytes) = text.parse()?;
+    if bytes < LEAST {
+        return Err(format!(
+            "`{text}` is too small for a cache; give at least {}",
+            ByteSize(LEAST)
+        ));
+    }
+    Ok(bytes)
+}
+
+pub(super) fn yes_or_no(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Ok(true),
+        "false" | "no" | "off" | "0" => Ok(false),
+        _ => Err(format!("`{text}` is neither true nor false")),
+    }
+}
+
+pub(super) fn strict(text: &str) -> Result<bool, String> {
+    match text {
+        "early" => Ok(false),
+        "strict" => Ok(true),
+        _ => Err(format!("`{text}` is not one of early, strict")),
+    }
+}
+
+pub(super) fn prefetch(text: &str) -> Result<Prefetch, String> {
+    match text {
+        "none" => Ok(Prefetch::None),
+        "blob" => Ok(Prefetch::Blob),
+        "model" => Ok(Prefetch::Model),
+        _ => Err(format!("`{text}` is not one of none, blob, model")),
+    }
+}
+
+/// A duration as people write it: `90s`, `15m`, `1h30m`, `500ms`, `2d`, `0`.
+///
+/// # Errors
+/// When a number has no unit, the unit is unknown, or the sum is more than a year.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let refuse = || format!("`{text}` is not a duration; write it like 90s, 15m or 1h30m");
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let (mut rest, mut millis) = (text, 0u64);
+    while !rest.is_empty() {
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit())
+            .ok_or_else(refuse)?;
+        let (number, behind) = rest.split_at(digits);
+        let end = behind
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(behind.len());
+        let unit = match &behind[..end] {
+            "ms" => 1,
+            "s" => 1000,
+            "m" | "min" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(refuse()),
+        };
+        let number: u64 = number.parse().map_err(|_| refuse())?;
+        millis = number
+            .checked_mul(unit)
+            .and_then(|part| millis.checked_add(part))
+            .ok_or_else(refuse)?;
+        rest = &behind[end..];
+    }
+    match millis {
+        _ if text.is_empty() => Err(refuse()),
+        0..=31_622_400_000 => Ok(Duration::from_millis(millis)),
+        _ => Err(format!("`{text}` is longer than a year")),
+    }
+}
+
+pub(super) fn positive(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("must be longer than 0".to_owned()),
+        span => Ok(span),
+    }
+}
