@@ -1,0 +1,28 @@
+//! ocifs from end to end: the real binary, real mounts, real registries and clients that ocifs did not write.
+//!
+//! `tests/run.sh` installs what these tests need and runs them; on a machine that lacks something they fail and say what.
+//! `OCIFS_TEST_SCALE=full` makes the numbers larger. Every test starts its own servers on free loopback ports, in its
+//! own temporary directories, and ends by process id what it started, also when it panics.
+
+// Helpers outside of `#[test]` functions are test code too.
+#![allow(clippy::unwrap_used, clippy::print_stderr)]
+// A test binary has no public interface, and its guards are not worth printing.
+#![allow(unreachable_pub, missing_debug_implementations)]
+
+mod support;
+
+mod cache;
+mod demo;
+mod helpers;
+mod hostile;
+mod lies;
+mod loaders;
+mod naming;
+mod offline;
+mod push;
+mod ranges;
+mod retries;
+mod serve;
+mod sharing;
+mod tools;
+mod tree;

@@ -1,0 +1,91 @@
+//! A certificate authority of our own, made by `openssl`.
+
+use std::path::{Path, PathBuf};
+
+use super::process::run;
+
+/// A directory with a CA and a server certificate for `localhost` and `127.0.0.1`.
+pub struct Certs {
+    /// What clients must trust: `ca.crt`.
+    pub ca: PathBuf,
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+}
+
+impl Certs {
+    /// Makes the files in `dir`.
+    pub fn make(dir: &Path) -> Self {
+        let path = |name: &str| dir.join(name);
+        let text = |name: &str| path(name).to_str().unwrap().to_owned();
+        run(
+            "openssl",
+            [
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=ocifs test CA",
+                "-addext",
+                "basicConstraints=critical,CA:TRUE",
+                "-addext",
+                "keyUsage=critical,keyCertSign,cRLSign",
+                "-keyout",
+                &text("ca.key"),
+                "-out",
+                &text("ca.crt"),
+            ],
+        )
+        .ok();
+        run(
+            "openssl",
+            [
+                "req",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-subj",
+                "/CN=localhost",
+                "-keyout",
+                &text("server.key"),
+                "-out",
+                &text("server.csr"),
+            ],
+        )
+        .ok();
+        std::fs::write(
+            path("server.ext"),
+            "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n",
+        )
+        .unwrap();
+        run(
+            "openssl",
+            [
+                "x509",
+                "-req",
+                "-days",
+                "2",
+                "-in",
+                &text("server.csr"),
+                "-CA",
+                &text("ca.crt"),
+                "-CAkey",
+                &text("ca.key"),
+                "-CAcreateserial",
+                "-extfile",
+                &text("server.ext"),
+                "-out",
+                &text("server.crt"),
+            ],
+        )
+        .ok();
+        Self {
+            ca: path("ca.crt"),
+            certificate: path("server.crt"),
+            key: path("server.key"),
+        }
+    }
+}

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Installs what the tests need on Debian 12: Debian packages (as root, only those that are missing) and a Python environment.
+# Safe to run again: it is done in a second when everything is there.
+#
+#   OCIFS_TEST_ENV   where the Python environment goes (default: ${XDG_CACHE_HOME:-~/.cache}/ocifs-tests)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+# The compiler, the FUSE tools, the registry and clients that ocifs is tested against, and the ordinary tools that read its tree.
+packages=(
+    gcc libc6-dev ca-certificates curl openssl
+    fuse3 util-linux mount
+    docker-registry skopeo apache2-utils
+    attr rsync tar diffutils findutils procps
+    python3 python3-venv python3-torch
+)
+
+retry() {
+    local attempt
+    for attempt in 1 2 3 4; do
+        "$@" && return 0
+        say "attempt ${attempt} failed: $*"
+        sleep $((attempt * 5))
+    done
+    return 1
+}
+
+missing=()
+for package in "${packages[@]}"; do
+    status=$(dpkg-query -W -f '${db:Status-Abbrev}' "${package}" 2>/dev/null || true)
+    [[ ${status} == ii* ]] || missing+=("${package}")
+done
+if ((${#missing[@]})); then
+    if ((EUID != 0)); then
+        say "these Debian packages are missing, and only root can install them: ${missing[*]}"
+        exit 1
+    fi
+    say "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt=(apt-get -q -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
+    retry "${apt[@]}" update </dev/null
+    retry "${apt[@]}" install -y --no-install-recommends "${missing[@]}" </dev/null
+fi
+
+environment=${OCIFS_TEST_ENV:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/ocifs-tests}
+wanted=$(sha256sum <tests/py/requirements.txt | cut -d' ' -f1)
+mkdir -p "${environment}"
+# One at a time: two checkouts may share the environment.
+exec 9>"${environment}/lock"
+flock 9
+if [[ $(cat "${environment}/ready" 2>/dev/null) != "${wanted}" ]]; then
+    say "making the Python environment in ${environment}"
+    rm -rf "${environment}/venv" "${environment}/ready"
+    /usr/bin/python3 -m venv --system-site-packages "${environment}/venv"
+    retry "${environment}/venv/bin/python3" -m pip install -q --no-input --retries 5 -r tests/py/requirements.txt </dev/null
+    # The pinned libraries must be the ones that are found, not newer or older ones of the system.
+    "${environment}/venv/bin/python3" - <<'PY'
+import modelpack_client, oras, safetensors, tokenizers, torch, transformers
+print("setup: torch", torch.__version__, "transformers", transformers.__version__, "safetensors", safetensors.__version__)
+PY
+    printf '%s\n' "${wanted}" >"${environment}/ready"
+fi
+
+if [[ ! -c /dev/fuse ]]; then
+    say "/dev/fuse is missing: this machine cannot mount a FUSE file system (modprobe fuse, or give the container the device)"
+    exit 1
+fi
+say "ready"
