@@ -94,6 +94,10 @@ pub const SETTINGS: &[Setting] = &[
         "how long a connection to a registry may take to come up",
     ),
     one("stall-timeout", "how long a registry may send nothing"),
+    switch(
+        "passthrough",
+        "let the kernel read sealed blobs without the daemon, where it can",
+    ),
     switch("offline", "never ask a registry for anything"),
     switch("allow-other", "let other users read the mount"),
     many("plain-http", "further hosts to speak plain HTTP with"),
@@ -272,6 +276,8 @@ pub fn mount_options(argument: &str) -> impl Iterator<Item = &str> {
 pub struct Settings {
     /// The cache's directory, absolute.
     pub cache_dir: PathBuf,
+    /// Whether the kernel may read sealed blobs without the daemon.
+    pub passthrough: bool,
     /// Where control sockets of mounts are, absolute.
     pub runtime_dir: PathBuf,
     /// The cache's limit in bytes; `None`: measure the file system when the cache is opened.
@@ -424,6 +430,7 @@ impl Settings {
         };
         Ok(Self {
             cache_dir,
+            passthrough: values.read("passthrough", yes_or_no)?.unwrap_or(true),
             runtime_dir,
             cache_size: values.read("cache-size", cache_size)?,
             allow_other: values.read("allow-other", yes_or_no)?.unwrap_or(false),

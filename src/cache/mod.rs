@@ -147,6 +147,13 @@ impl Cache {
         self.layout().dir()
     }
 
+    /// Whether the directory is on overlayfs, which is a file system on others.
+    pub fn is_on_overlay(&self) -> bool {
+        /// `OVERLAYFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
+        const OVERLAYFS: u64 = 0x794c_7630;
+        rustix::fs::statfs(self.dir()).is_ok_and(|stat| stat.f_type as u64 == OVERLAYFS)
+    }
+
     /// Opens a blob of `size` bytes, making an empty partial one where there is none. While the entry lives, nobody evicts it.
     pub fn entry(&self, digest: &Digest, size: u64) -> Result<Entry, CacheError> {
         Entry::open(self, digest, size)

@@ -126,6 +126,7 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
     let (tree, events) = Tree::new(Arc::new(models.clone()), tree_config(settings, &blobs));
     let options = MountOptions {
         allow_other: settings.allow_other,
+        stack_depth: if blobs.cache().is_on_overlay() { 2 } else { 1 },
         ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
     };
     let watching = tree.clone().follow(blobs.events());
@@ -147,6 +148,8 @@ fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
     TreeConfig {
         tag_ttl: settings.model.tag_ttl,
         patience: settings.model.metadata_timeout,
+        // A user without the capability finds out at the first open, and reads go through the daemon then.
+        passthrough: settings.passthrough,
         uid: rustix::process::geteuid().as_raw(),
         gid: rustix::process::getegid().as_raw(),
         space: Arc::new(move || {
@@ -231,6 +234,7 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, up: Dur
         "version": env!("CARGO_PKG_VERSION"),
         "upSeconds": up.as_secs(),
         "offline": blobs.config().offline,
+        "passthrough": tree.has_passthrough(),
         "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit },
         "models": shown,
         "blobs": live.collect::<Vec<_>>(),

@@ -251,6 +251,17 @@ impl File {
         }
     }
 
+    /// Whether it is exactly one blob, from its first byte to its last.
+    pub fn is_whole_blob(&self) -> bool {
+        matches!(&self.content, Content::Blob { blob, offset: 0 } if blob.size() == self.size)
+    }
+
+    /// Whether it is exactly one blob, and that is complete and verified.
+    pub fn is_sealed(&self) -> bool {
+        self.is_whole_blob()
+            && matches!(&self.content, Content::Blob { blob, .. } if blob.verified() == Verified::Yes)
+    }
+
     /// The bytes of `range` (cut at the file's end) if they can be had without waiting.
     pub fn try_read(&self, range: ByteRange) -> Option<Result<Bytes, BlobError>> {
         let range = self.cut(range);

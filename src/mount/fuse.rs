@@ -18,11 +18,12 @@ use fuser::{
 use tokio::runtime::Handle;
 
 use super::errno::{NO_SUCH_NAME, NOT_DONE_HERE, READ_ONLY, errno};
+use super::passthrough::Backings;
 use super::reply::{
     GENERATION, bare_attr, file_attr, file_type, from_offset, node, reply_entry, reply_opendir,
     reply_read, reply_xattr,
 };
-use crate::tree::{HandleId, OpenFile, Tree};
+use crate::tree::{HandleId, NodeId, OpenFile, Opened, Tree};
 
 /// Unit of statfs, bytes.
 const STATFS_UNIT: u32 = 4096;
@@ -38,9 +39,35 @@ const MAX_BACKGROUND: u16 = 64;
 pub(super) struct Ocifs {
     pub(super) tree: Tree,
     pub(super) runtime: Handle,
+    /// How many file systems lie on each other where the cache is, ours counted.
+    pub(super) stack_depth: u32,
+    pub(super) backings: Backings,
 }
 
 impl Ocifs {
+    fn reply_open(&self, ino: NodeId, opened: &Opened, reply: ReplyOpen) {
+        let handle = FileHandle(opened.handle.0);
+        if let Some(entry) = &opened.direct {
+            match self.backings.open(ino, entry.file(), &reply) {
+                // Any other flag but NOFLUSH would be refused beside passthrough.
+                Ok(Some(id)) => {
+                    return reply.opened_passthrough(handle, FopenFlags::FOPEN_NOFLUSH, &id);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::info!(%error, "the kernel does not read the cache's files itself; reads go through the daemon");
+                    self.tree.without_passthrough();
+                }
+            }
+        }
+        // A file's bytes never change, so its pages are kept from one open to the next. Nothing is flushed at
+        // close: that would only let a program hang in close(2) while the daemon is down.
+        reply.opened(
+            handle,
+            FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+        );
+    }
+
     fn read_file(&self, file: OpenFile, offset: u64, size: u32, reply: ReplyData) {
         match file.try_read(offset, size) {
             Some(result) => reply_read(reply, result),
@@ -64,6 +91,15 @@ impl Filesystem for Ocifs {
         ] {
             if config.add_capabilities(wanted).is_err() {
                 tracing::debug!(?wanted, "this kernel does without");
+            }
+        }
+        if self.tree.has_passthrough() {
+            let asked = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH);
+            if asked.is_err() || config.set_max_stack_depth(self.stack_depth).is_err() {
+                tracing::info!(
+                    "this kernel has no FUSE passthrough; reads of sealed blobs go through the daemon"
+                );
+                self.tree.without_passthrough();
             }
         }
         if let Err(nearest) = config.set_max_background(MAX_BACKGROUND) {
@@ -110,12 +146,7 @@ impl Filesystem for Ocifs {
             return reply.error(READ_ONLY);
         }
         match self.tree.open(node(ino)) {
-            // A file's bytes never change, so its pages are kept from one open to the next. Nothing is flushed at
-            // close: that would only let a program hang in close(2) while the daemon is down.
-            Ok(opened) => reply.opened(
-                FileHandle(opened.handle.0),
-                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
-            ),
+            Ok(opened) => self.reply_open(node(ino), &opened, reply),
             Err(error) => reply.error(errno(&error)),
         }
     }
@@ -140,13 +171,14 @@ impl Filesystem for Ocifs {
     fn release(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        self.backings.release(node(ino));
         self.tree.release(HandleId(fh.0));
         reply.ok();
     }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `fuse` | decode a request, call the tree, reply |
 //! | `reply` | the tree's answers in the protocol's terms |
+//! | `passthrough` | files that the kernel reads without us |
 //! | `errno` | the only place that names error numbers |
 //! | `session` | mount, serve, end |
 //! | `point` | what may be mounted on, and healing a dead mount |
@@ -18,6 +19,7 @@ mod errno;
 mod error;
 mod fuse;
 mod mountinfo;
+mod passthrough;
 mod point;
 mod reply;
 mod session;

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use super::control::{Handler, Server};
 use super::fuse::Ocifs;
 use super::mountinfo::{FS_TYPE, MountInfo};
+use super::passthrough::Backings;
 use super::{MountError, point, umount};
 use crate::tree::{Invalidation, Tree};
 
@@ -29,6 +30,9 @@ pub struct MountOptions {
     pub allow_other: bool,
     /// Threads that take requests from the kernel; at least two, so that one slow copy does not keep others waiting.
     pub threads: usize,
+    /// How deep file systems are stacked where the cache lies, ours counted: 1, or 2 over overlayfs. The kernel reads
+    /// sealed blobs itself only where it was told enough, and nothing can be stacked on ours beyond 2.
+    pub stack_depth: u32,
     /// Where control sockets are; made (0700) when it is missing.
     pub runtime_dir: PathBuf,
 }
@@ -40,6 +44,7 @@ impl MountOptions {
             path: path.into(),
             allow_other: false,
             threads: 4,
+            stack_depth: 1,
             runtime_dir: runtime_dir.into(),
         }
     }
@@ -68,6 +73,8 @@ impl Mount {
         let filesystem = Ocifs {
             tree,
             runtime: runtime.clone(),
+            stack_depth: options.stack_depth,
+            backings: Backings::default(),
         };
         let session =
             Session::new(filesystem, &path, &session_config(options)).map_err(|source| {

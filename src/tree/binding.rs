@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::node::Place;
 use super::shown::Shown;
 use crate::base::Digest;
 use crate::registry::Reference;
@@ -139,6 +140,17 @@ impl Bindings {
     /// Every bound reference.
     pub(super) fn references(&self) -> Vec<Reference> {
         self.map().keys().cloned().collect()
+    }
+
+    /// Every place where an artifact is shown.
+    pub(super) fn places(&self, digest: Digest) -> Vec<Place> {
+        let map = self.map();
+        let showing = map
+            .values()
+            .filter(|binding| binding.shown.digest() == digest);
+        showing
+            .flat_map(|binding| Place::all(&binding.reference))
+            .collect()
     }
 
     /// Every binding, for people.

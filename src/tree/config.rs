@@ -21,6 +21,8 @@ pub struct TreeConfig {
     pub uid: u32,
     /// Group of everything.
     pub gid: u32,
+    /// Whether the kernel may be given the files of sealed blobs to read without us.
+    pub passthrough: bool,
     /// What statfs tells.
     pub space: Arc<dyn Fn() -> Space + Send + Sync>,
 }
@@ -34,6 +36,7 @@ impl Default for TreeConfig {
             tags_patience: Duration::from_secs(2),
             uid: 0,
             gid: 0,
+            passthrough: false,
             space: Arc::new(Space::default),
         }
     }
@@ -48,6 +51,7 @@ impl fmt::Debug for TreeConfig {
             .field("tags_patience", &self.tags_patience)
             .field("uid", &self.uid)
             .field("gid", &self.gid)
+            .field("passthrough", &self.passthrough)
             .finish_non_exhaustive()
     }
 }

@@ -8,10 +8,12 @@ use bytes::Bytes;
 
 use super::TreeError;
 use super::binding::Hold;
+use super::node::NodeId;
 use super::shown::Shown;
 use super::view::DirEntry;
 use crate::base::ByteRange;
 use crate::blob::{self, BlobError};
+use crate::cache;
 use crate::model::File;
 
 /// A handle's number: counted, never used twice by one tree, never 0.
@@ -23,10 +25,7 @@ pub struct HandleId(pub u64);
 pub struct OpenFile {
     shown: Arc<Shown>,
     path: Arc<str>,
-    #[expect(
-        dead_code,
-        reason = "keeps the blob from being evicted while the file is open"
-    )]
+    /// Keeps the blob from being evicted while the file is open.
     blob: Option<Arc<blob::Hold>>,
 }
 
@@ -43,6 +42,12 @@ impl OpenFile {
             }
             None => Err(TreeError::not_found(path)),
         }
+    }
+
+    /// The cache's file, when the whole of it is the content of this file and it is sealed.
+    pub(super) fn sealed(&self) -> Option<Arc<cache::Entry>> {
+        let entry = self.blob.as_ref()?.entry()?;
+        (self.file().is_whole_blob() && entry.is_sealed()).then_some(entry)
     }
 
     fn file(&self) -> &File {
@@ -98,6 +103,7 @@ impl OpenFile {
 #[derive(Debug)]
 enum Handle {
     File(
+        NodeId,
         OpenFile,
         #[expect(dead_code, reason = "dropped when the handle is closed")] Hold,
     ),
@@ -132,8 +138,8 @@ impl Handles {
         id
     }
 
-    pub(super) fn add_file(&self, file: OpenFile, hold: Hold) -> HandleId {
-        self.add(Handle::File(file, hold))
+    pub(super) fn add_file(&self, node: NodeId, file: OpenFile, hold: Hold) -> HandleId {
+        self.add(Handle::File(node, file, hold))
     }
 
     pub(super) fn add_directory(&self, entries: Arc<[DirEntry]>, hold: Option<Hold>) -> HandleId {
@@ -142,7 +148,7 @@ impl Handles {
 
     pub(super) fn file(&self, id: HandleId) -> Option<OpenFile> {
         match self.open().get(&id)? {
-            Handle::File(file, _) => Some(file.clone()),
+            Handle::File(_, file, _) => Some(file.clone()),
             Handle::Directory(..) => None,
         }
     }
@@ -154,10 +160,14 @@ impl Handles {
         }
     }
 
-    pub(super) fn close(&self, id: HandleId) {
+    /// Closes a handle; the node, if it was a file's.
+    pub(super) fn close(&self, id: HandleId) -> Option<NodeId> {
         // What a handle holds is let go outside the lock.
         let handle = self.open().remove(&id);
-        drop(handle);
+        match handle? {
+            Handle::File(node, ..) => Some(node),
+            Handle::Directory(..) => None,
+        }
     }
 
     pub(super) fn len(&self) -> usize {

@@ -67,6 +67,7 @@ impl Tree {
         Ok(Opened {
             handle: self.0.handles.add_directory(entries, hold),
             immutable,
+            direct: None,
         })
     }
 
@@ -175,7 +176,7 @@ impl Tree {
         };
         DirEntry {
             name: name.to_owned(),
-            ino: self.0.table.id(node),
+            ino: self.0.table.id(&self.0.modes.placed(&self.0.table, node)),
             kind,
             node: Some(node.clone()),
         }

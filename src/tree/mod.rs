@@ -6,6 +6,8 @@
 //!   binding    which version does this tag show? one answer for everybody, held while in use
 //!   shown      a model's files as directories    built once per binding
 //!   table      node ids                          derived from the path, so that they survive a restart
+//! open(node)
+//!   modes      through us or past us?            the first open of a node decides
 //! opendir(node)
 //!   listing    what is known, and what is shown  never asks for a manifest
 //! ```
@@ -19,10 +21,12 @@ mod catalogue;
 mod config;
 mod error;
 mod file_like;
+mod files;
 mod handles;
 mod list;
 mod listing;
 mod models;
+mod modes;
 mod names;
 mod namespace;
 mod node;

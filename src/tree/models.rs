@@ -56,11 +56,13 @@ impl Catalogue for Models {
 }
 
 impl Tree {
-    /// Has the kernel drop what it keeps of blobs that turn out wrong, until the process ends.
+    /// Has the kernel drop what it keeps of blobs that turn out wrong, and take over those that are sealed, until the process
+    /// ends.
     pub async fn follow(self, mut events: Receiver<Event>) {
         loop {
             match events.recv().await {
                 Ok(Event::Corrupt(blob)) => self.drop_content(blob),
+                Ok(Event::Sealed(blob)) => self.promote(blob),
                 Ok(_) => {}
                 Err(RecvError::Lagged(missed)) => {
                     tracing::warn!(

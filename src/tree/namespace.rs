@@ -5,15 +5,14 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, SystemTime};
 
 use super::binding::{Binding, BoundModel};
-use super::handles::{HandleId, Handles, OpenFile};
+use super::handles::Handles;
+use super::modes::Modes;
 use super::names::{self, DOCKER_HUB, DOCKER_LIBRARY, NAME_MAX, Name, RootName};
 use super::node::{Folder, Node, NodeId, Place};
 use super::resolver::Resolver;
 use super::shown::{Child, join};
 use super::table::NodeTable;
-use super::{
-    Attr, Catalogue, Entry, Invalidation, Kind, Opened, Space, TreeConfig, TreeError, attr,
-};
+use super::{Attr, Catalogue, Entry, Invalidation, Kind, Space, TreeConfig, TreeError, attr};
 use crate::base::Digest;
 use crate::registry::Reference;
 
@@ -45,6 +44,7 @@ pub(super) struct Inner {
     pub(super) table: Arc<NodeTable>,
     pub(super) resolver: Resolver,
     pub(super) handles: Handles,
+    pub(super) modes: Modes,
 }
 
 /// What a name in a directory leads to.
@@ -80,12 +80,14 @@ impl Tree {
             config.patience,
         );
         let started = SystemTime::now();
+        let passthrough = config.passthrough;
         let inner = Inner {
             config,
             started,
             table,
             resolver,
             handles: Handles::new(),
+            modes: Modes::new(passthrough),
         };
         (Self(Arc::new(inner)), receiver)
     }
@@ -202,6 +204,7 @@ impl Tree {
 
     /// Counts one more time that the kernel is told of the node, and makes the answer.
     pub(super) fn remember(&self, parent: &Node, node: &Node) -> Entry {
+        let node = &self.0.modes.placed(&self.0.table, node);
         let ino = self.0.table.remember(node);
         Entry {
             attr: self.attr(node, ino),
@@ -226,7 +229,7 @@ impl Tree {
                 let time = binding.map_or(self.0.started, |binding| binding.shown.model().created);
                 (Kind::Directory, 0, 0, time)
             }
-            Node::File { shown, path } => {
+            Node::File { shown, path, .. } => {
                 let (size, cached) = shown
                     .file(path)
                     .map_or((0, 0), |file| (file.size, attr::cached(file)));
@@ -270,7 +273,7 @@ impl Tree {
             Node::Root | Node::Host(_) | Node::Folder(_) => SPELLED,
             Node::Directory { place, .. } if place.is_immutable() => FOREVER,
             Node::Directory { .. } => self.below_tag(),
-            Node::File { shown, path } => match shown.file(path) {
+            Node::File { shown, path, .. } => match shown.file(path) {
                 Some(file) if attr::cached(file) < file.size => GROWING,
                 _ => SPELLED,
             },
@@ -279,19 +282,6 @@ impl Tree {
 
     fn below_tag(&self) -> Duration {
         BELOW_TAG.min(self.0.config.tag_ttl / 10)
-    }
-
-    /// The content of a blob has turned out wrong: the kernel must not serve from its memory what it was given of it.
-    pub fn drop_content(&self, blob: Digest) {
-        let shows = |node: &Node| match node {
-            Node::File { shown, path } => shown
-                .file(path)
-                .is_some_and(|file| file.digest == Some(blob)),
-            _ => false,
-        };
-        for node in self.0.table.matching(shows) {
-            self.0.resolver.send(Invalidation::Content(node));
-        }
     }
 
     /// The target of a symbolic link.
@@ -305,8 +295,15 @@ impl Tree {
     /// The extended attributes of a node.
     pub fn xattrs(&self, node: NodeId) -> Result<Vec<(&'static str, String)>, TreeError> {
         let node = self.0.table.get(node)?;
-        if let Node::File { shown, path } = &node {
-            return Ok(shown.file(path).map(attr::of_file).unwrap_or_default());
+        if let Node::File { shown, path, .. } = &node {
+            let Some(file) = shown.file(path) else {
+                return Ok(Vec::new());
+            };
+            let mut attributes = attr::of_file(file);
+            let direct = self.0.modes.possible() && file.is_sealed();
+            let served = if direct { "passthrough" } else { "daemon" };
+            attributes.push(("user.ocifs.served", served.to_owned()));
+            return Ok(attributes);
         }
         let binding = node
             .model_place()
@@ -335,41 +332,6 @@ impl Tree {
     /// The size of the cache, for statfs.
     pub fn space(&self) -> Space {
         (self.0.config.space)()
-    }
-
-    // Files.
-
-    /// Opens a file for reading.
-    pub fn open(&self, node: NodeId) -> Result<Opened, TreeError> {
-        let Node::File { shown, path } = self.0.table.get(node)? else {
-            return Err(TreeError::IsDirectory);
-        };
-        let hold = self
-            .0
-            .resolver
-            .bindings()
-            .hold_artifact(shown.digest(), self.0.config.tag_ttl);
-        let handle = self.0.handles.add_file(OpenFile::new(shown, &path)?, hold);
-        Ok(Opened {
-            handle,
-            immutable: true,
-        })
-    }
-
-    /// The file that a handle is open on. A handle that is not known is of a tree before this one: then the node tells.
-    pub fn file(&self, node: NodeId, handle: HandleId) -> Result<OpenFile, TreeError> {
-        if let Some(file) = self.0.handles.file(handle) {
-            return Ok(file);
-        }
-        match self.0.table.get(node)? {
-            Node::File { shown, path } => OpenFile::new(shown, &path),
-            _ => Err(TreeError::IsDirectory),
-        }
-    }
-
-    /// Closes a file or directory.
-    pub fn release(&self, handle: HandleId) {
-        self.0.handles.close(handle);
     }
 
     // For people.
@@ -462,6 +424,7 @@ pub(super) fn child_node(
         Child::File(_) => Node::File {
             shown: binding.shown.clone(),
             path,
+            direct: false,
         },
     }
 }

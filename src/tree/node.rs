@@ -156,6 +156,9 @@ pub(super) enum Node {
         shown: Arc<Shown>,
         /// `/`-separated, below the model directory.
         path: String,
+        /// A second node for the same file, which the kernel reads itself, while the first one is open in another way:
+        /// the kernel takes one way for all that have a node open.
+        direct: bool,
     },
     /// A symbolic link.
     Link {
@@ -173,7 +176,8 @@ impl Node {
     /// for different nodes.
     ///
     /// Directories and links have their path from the mount point; a directory inside the `:latest` of an untagged
-    /// repository has `//` where the repository ends, which no path has. A file has its artifact's digest and path.
+    /// repository has `//` where the repository ends, which no path has. A file has its artifact's digest and path, its
+    /// second node `//` between these.
     pub(super) fn key(&self) -> String {
         match self {
             Self::Root => "/".to_owned(),
@@ -191,7 +195,16 @@ impl Node {
                     format!("{model}/{path}")
                 }
             }
-            Self::File { shown, path } => format!("{}/{path}", shown.digest()),
+            Self::File {
+                shown,
+                path,
+                direct: false,
+            } => format!("{}/{path}", shown.digest()),
+            Self::File {
+                shown,
+                path,
+                direct: true,
+            } => format!("{}//{path}", shown.digest()),
             Self::Link {
                 directory, name, ..
             } => format!("{directory}/{name}"),

@@ -1,10 +1,12 @@
 //! What the tree hands out.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::attr::{Attr, Kind};
 use super::handles::HandleId;
 use super::node::{Node, NodeId};
+use crate::cache;
 
 /// The answer to a lookup. The kernel holds the node from then on, until it is forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,12 +33,15 @@ pub struct DirEntry {
 }
 
 /// The answer to an open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Opened {
     /// The handle.
     pub handle: HandleId,
     /// Whether what was opened can never change, so that the kernel may keep a listing.
     pub immutable: bool,
+    /// The cache's file of a sealed blob, when the kernel is to read it without us. All who have the node open are
+    /// answered the same way.
+    pub direct: Option<Arc<cache::Entry>>,
 }
 
 /// What the kernel must be told to drop from its caches.

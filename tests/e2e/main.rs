@@ -19,6 +19,7 @@ mod lies;
 mod loaders;
 mod naming;
 mod offline;
+mod passthrough;
 mod push;
 mod ranges;
 mod retries;

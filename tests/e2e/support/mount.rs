@@ -82,6 +82,20 @@ impl Mount {
         self.daemon.log()
     }
 
+    /// Does `work` while the daemon is stopped, as if it hung.
+    pub fn while_stopped<T: Send + 'static>(
+        &self,
+        what: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        self.daemon.signal(rustix::process::Signal::STOP);
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            within(PATIENCE, what, work)
+        }));
+        self.daemon.signal(rustix::process::Signal::CONT);
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
     /// The most memory that the daemon ever had, in bytes.
     pub fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!(

@@ -1,0 +1,104 @@
+//! Open files, and what becomes of them when their blob is complete.
+
+use super::handles::{HandleId, OpenFile};
+use super::namespace::Tree;
+use super::node::{Node, NodeId};
+use super::{Invalidation, Opened, TreeError};
+use crate::base::Digest;
+
+impl Tree {
+    /// Opens a file for reading.
+    pub fn open(&self, node: NodeId) -> Result<Opened, TreeError> {
+        let Node::File { shown, path, .. } = self.0.table.get(node)? else {
+            return Err(TreeError::IsDirectory);
+        };
+        let hold = self
+            .0
+            .resolver
+            .bindings()
+            .hold_artifact(shown.digest(), self.0.config.tag_ttl);
+        let file = OpenFile::new(shown, &path)?;
+        let sealed = file.sealed();
+        let direct = self.0.modes.enter(node, sealed.is_some());
+        Ok(Opened {
+            handle: self.0.handles.add_file(node, file, hold),
+            immutable: true,
+            direct: sealed.filter(|_| direct),
+        })
+    }
+
+    /// The kernel does not take files from us: from now on all reads come here.
+    pub fn without_passthrough(&self) {
+        self.0.modes.give_up();
+    }
+
+    /// Whether the kernel reads sealed blobs without us.
+    pub fn has_passthrough(&self) -> bool {
+        self.0.modes.possible()
+    }
+
+    /// A blob was sealed: names of its files that are open through us lead to a second node from now on, which the kernel
+    /// reads itself. What is open stays as it is.
+    pub fn promote(&self, blob: Digest) {
+        if !self.0.modes.possible() {
+            return;
+        }
+        let shows = |node: &Node| match node {
+            Node::File {
+                shown,
+                path,
+                direct: false,
+            } => shown
+                .file(path)
+                .is_some_and(|file| file.digest == Some(blob) && file.is_sealed()),
+            _ => false,
+        };
+        for id in self.0.table.matching(shows) {
+            if !self.0.modes.is_held(id) {
+                continue;
+            }
+            let Ok(Node::File { shown, path, .. }) = self.0.table.get(id) else {
+                continue;
+            };
+            let (directory, name) = path.rsplit_once('/').unwrap_or(("", &path));
+            for place in self.0.resolver.bindings().places(shown.digest()) {
+                let parent = self.0.table.id(&place.directory(directory));
+                if self.0.table.holds(parent) {
+                    let name = name.to_owned();
+                    self.0.resolver.send(Invalidation::Entry { parent, name });
+                }
+            }
+        }
+    }
+
+    /// The file that a handle is open on. A handle that is not known is of a tree before this one: then the node tells.
+    pub fn file(&self, node: NodeId, handle: HandleId) -> Result<OpenFile, TreeError> {
+        if let Some(file) = self.0.handles.file(handle) {
+            return Ok(file);
+        }
+        match self.0.table.get(node)? {
+            Node::File { shown, path, .. } => OpenFile::new(shown, &path),
+            _ => Err(TreeError::IsDirectory),
+        }
+    }
+
+    /// Closes a file or directory.
+    pub fn release(&self, handle: HandleId) {
+        if let Some(node) = self.0.handles.close(handle) {
+            self.0.modes.leave(node);
+        }
+    }
+
+    /// The content of a blob has turned out wrong: the kernel must not serve from its memory what it was given of it.
+    pub fn drop_content(&self, blob: Digest) {
+        let shows = |node: &Node| match node {
+            Node::File { shown, path, .. } => shown
+                .file(path)
+                .is_some_and(|file| file.digest == Some(blob)),
+            _ => false,
+        };
+        for node in self.0.table.matching(shows) {
+            self.0.resolver.send(Invalidation::Content(node));
+        }
+    }
+}
