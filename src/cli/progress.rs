@@ -1,12 +1,12 @@
 //! Progress of long work: bars on a terminal, a log line every few seconds elsewhere. Always on stderr.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::output::printable;
-use crate::base::ByteSize;
+use crate::base::{ByteSize, lock};
 
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -95,7 +95,7 @@ impl Task {
 
     fn line(&self) {
         let Some(last) = &self.lines else { return };
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(last);
         if last.elapsed() < LINE_EVERY {
             return;
         }

@@ -5,8 +5,9 @@ use std::fmt;
 use std::future::Future;
 use std::hash::Hash;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use crate::base::lock;
 use futures_util::FutureExt;
 use futures_util::future::Shared;
 
@@ -40,10 +41,7 @@ struct Landing<K: Eq + Hash, V> {
 impl<K: Eq + Hash, V> Drop for Landing<K, V> {
     fn drop(&mut self) {
         if let Some(key) = self.key.take() {
-            self.running
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .remove(&key);
+            lock(&self.running).remove(&key);
         }
     }
 }
@@ -59,7 +57,7 @@ where
         W: Future<Output = V> + Send + 'static,
     {
         let flight = {
-            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut running = lock(&self.running);
             match running.get(&key) {
                 Some(flight) => flight.clone(),
                 None => {

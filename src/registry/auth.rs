@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -14,6 +14,7 @@ use super::credentials::{self, Credentials};
 use super::token::{self, TokenServer};
 use super::transport::Transport;
 use super::{RegistryError, Repository};
+use crate::base::lock;
 
 /// Most (repository, action) pairs whose authorisation is remembered.
 const MOST_ENTRIES: usize = 4096;
@@ -107,7 +108,7 @@ impl Auth {
     }
 
     fn entry(&self, place: Place<'_>, create: bool) -> Option<Arc<Entry>> {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = lock(&self.entries);
         let key = (place.repository.clone(), place.action);
         if !create {
             return entries.get(&key).cloned();

@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -26,7 +26,7 @@ use super::challenge::Challenge;
 use super::client::{Call, Client};
 use super::retry::UNTIL_DEADLINE;
 use super::{Reference, RegistryError, Repository};
-use crate::base::{Deadline, Digest};
+use crate::base::{Deadline, Digest, lock};
 
 /// Most tries of an upload: its deadline is made for its length and would allow hours of them.
 const MOST_TRIES: u32 = 8;
@@ -150,12 +150,7 @@ impl Client {
                 return Err(RegistryError::Timeout { what: call.what.clone(), after: stall_timeout });
             }
         };
-        if let Some(reason) = sent
-            .failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-        {
+        if let Some(reason) = lock(&sent.failure).take() {
             return Err(source(&call.what, &reason));
         }
         match result {
@@ -391,7 +386,7 @@ fn pieces<S: AsyncRead + Send + Unpin + 'static>(
     progress: Arc<dyn Fn(u64) + Send + Sync>,
 ) -> impl Stream<Item = Result<Bytes, OciDistributionError>> + Send + 'static {
     let stop = |sent: &Sent, reason: String| {
-        *sent.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.clone());
+        *lock(&sent.failure) = Some(reason.clone());
         OciDistributionError::IoError(io::Error::other(reason))
     };
     futures_util::stream::try_unfold((content, 0u64), move |(mut content, at)| {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use super::client::{Call, Client};
 use super::retry::UNTIL_DEADLINE;
 use super::transport::{Answer, Ask, next_piece};
 use super::{RegistryError, Repository};
-use crate::base::{ByteRange, Deadline, Digest};
+use crate::base::{ByteRange, Deadline, Digest, lock};
 
 /// The answer to a ranged blob read.
 #[derive(Debug)]
@@ -188,15 +188,11 @@ impl KeptUrls {
     const MOST: usize = 4096;
 
     fn get(&self, key: &(Repository, Digest)) -> Option<Url> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(key)
-            .cloned()
+        lock(&self.0).get(key).cloned()
     }
 
     pub(super) fn keep(&self, key: (Repository, Digest), url: Url) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.0);
         if kept.len() >= Self::MOST && !kept.contains_key(&key) {
             kept.clear();
         }
@@ -205,7 +201,7 @@ impl KeptUrls {
 
     /// Forgets `url`, unless somebody has found a newer one already.
     fn forget(&self, key: &(Repository, Digest), url: &Url) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = lock(&self.0);
         if kept.get(key) == Some(url) {
             kept.remove(key);
         }

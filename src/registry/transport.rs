@@ -1,7 +1,7 @@
 //! One request on the wire: TLS, plain HTTP where allowed, redirects, time limits. No credentials are chosen here.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once};
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::address::{PlainHosts, address_of, host_of, is_loopback, same_origin, shown};
 use super::error::chain;
 use super::{RegistryConfig, RegistryError};
-use crate::base::Secret;
+use crate::base::{Secret, lock};
 
 /// Most redirects in a row.
 const MOST_REDIRECTS: usize = 10;
@@ -216,9 +216,7 @@ impl Transport {
     }
 
     fn near(&self) -> MutexGuard<'_, HashMap<String, Speaks>> {
-        self.near_speak
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.near_speak)
     }
 
     /// Sends a request and follows its redirects.

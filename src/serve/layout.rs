@@ -5,12 +5,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::Deserialize;
 
 use super::names::RefName;
-use crate::base::Digest;
+use crate::base::{Digest, lock};
 
 /// The largest `index.json` that is read: some hundred thousand entries.
 const LARGEST_INDEX: u64 = 64 << 20;
@@ -131,7 +131,7 @@ impl Layout {
             meta.mtime(),
             meta.mtime_nsec(),
         );
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.seen);
         if let Some((known, index)) = &*seen
             && *known == stamp
         {

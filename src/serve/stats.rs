@@ -1,9 +1,9 @@
 //! What a server sent, counted per blob.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use crate::base::Digest;
+use crate::base::{Digest, lock};
 
 /// Counts of one blob or of several together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +43,6 @@ impl Stats {
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut HashMap<Digest, Count>) -> T) -> T {
-        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        act(&mut lock(&self.0))
     }
 }

@@ -6,12 +6,12 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::node::Place;
 use super::shown::Shown;
-use crate::base::Digest;
+use crate::base::{Digest, lock};
 use crate::registry::Reference;
 
 /// More bindings than this are not kept: the one that was unused for longest is let go, and made again when needed.
@@ -109,7 +109,7 @@ pub(super) struct Bindings(Mutex<HashMap<Reference, Arc<Binding>>>);
 
 impl Bindings {
     fn map(&self) -> MutexGuard<'_, HashMap<Reference, Arc<Binding>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// What a reference shows.

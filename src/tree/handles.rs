@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 
@@ -11,7 +11,7 @@ use super::binding::Hold;
 use super::node::NodeId;
 use super::shown::Shown;
 use super::view::DirEntry;
-use crate::base::ByteRange;
+use crate::base::{ByteRange, lock};
 use crate::blob::{self, BlobError};
 use crate::cache;
 use crate::model::File;
@@ -129,7 +129,7 @@ impl Handles {
     }
 
     fn open(&self) -> MutexGuard<'_, HashMap<HandleId, Handle>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.open)
     }
 
     fn add(&self, handle: Handle) -> HandleId {

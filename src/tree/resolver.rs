@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -20,6 +20,7 @@ use super::shown::Shown;
 use super::table::NodeTable;
 use super::ttl::TtlMap;
 use super::{Catalogue, Invalidation, TreeError};
+use crate::base::lock;
 use crate::registry::Reference;
 
 /// How many references are asked for at a time, so that a crawler does not occupy every connection.
@@ -60,10 +61,6 @@ impl fmt::Debug for Resolver {
             .field("bindings", &self.0.bindings)
             .finish_non_exhaustive()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Resolver {

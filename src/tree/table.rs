@@ -19,7 +19,7 @@ use std::sync::Mutex;
 
 use super::TreeError;
 use super::node::{Node, NodeId};
-use crate::base::Digest;
+use crate::base::{Digest, lock};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -67,9 +67,7 @@ impl NodeTable {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Counts one more time that the kernel is told of `node`; its number.
