@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 
 use super::BlobError;
 use super::flight::{Flight, Urgency};
-use super::lazy::{Chain, Hold, LazyBlob, YIELD};
+use super::lazy::{Chain, Hold, LazyBlob};
 use crate::base::{ByteRange, Deadline, lock};
 use crate::cache::{CacheError, Writer};
 use crate::registry::{BlobBody, BodyStream, RegistryError};
@@ -20,6 +20,8 @@ use crate::registry::{BlobBody, BodyStream, RegistryError};
 const OTHERS_POLL: Duration = Duration::from_millis(10);
 /// Another process that brings nothing for so long may be stopped; its claim is then disregarded.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(20);
+/// How long filling in the background waits for readers before it brings one part all the same.
+const YIELD: Duration = Duration::from_secs(1);
 /// The first pause after a body was cut off; doubled each time without a byte in between.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -38,7 +40,10 @@ impl LazyBlob {
             blob: Arc::clone(self),
             flight,
         };
+        let urgency = landing.flight.urgency;
+        let foreground = (urgency != Urgency::Fill).then(|| self.shared.foreground());
         self.shared.runtime.spawn(async move {
+            let _foreground = foreground;
             let hold = landing.blob.hold();
             let result = landing.blob.request(&landing.flight, &hold).await;
             if let Err(error) = &result {
@@ -74,8 +79,8 @@ impl LazyBlob {
     async fn permit(&self, flight: &Flight) -> Option<SemaphorePermit<'_>> {
         let background = async {
             if flight.urgency == Urgency::Fill {
-                let mut waiting = self.shared.waiting.subscribe();
-                let _ = timeout(YIELD, waiting.wait_for(|count| *count == 0)).await;
+                let mut foreground = self.shared.foreground.subscribe();
+                let _ = timeout(YIELD, foreground.wait_for(|count| *count == 0)).await;
             }
             self.shared.parts.acquire().await.ok()
         };

@@ -395,7 +395,7 @@ impl LazyBlob {
             let mut progress = flight.watch();
             let _waiting = (urgency == Urgency::Demand).then(|| {
                 flight.boost();
-                Waiting::new(&self.shared.waiting)
+                self.shared.foreground()
             });
             let arrived = gap.end().min(flight.range.end());
             // A flight that is past the gap and has not filled it will not: the cache failed under it.
@@ -547,25 +547,6 @@ impl Drop for Hold {
         }
     }
 }
-
-/// Counts a reader that waits for a demand request.
-struct Waiting<'a>(&'a watch::Sender<usize>);
-
-impl<'a> Waiting<'a> {
-    fn new(count: &'a watch::Sender<usize>) -> Self {
-        count.send_modify(|count| *count += 1);
-        Self(count)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.send_modify(|count| *count -= 1);
-    }
-}
-
-/// How long filling in the background waits for readers before it goes on all the same.
-pub(super) const YIELD: Duration = Duration::from_secs(1);
 
 /// An error with all its causes on one line.
 pub(super) struct Chain<'a>(pub(super) &'a (dyn std::error::Error + 'a));

@@ -173,9 +173,26 @@ struct Shared {
     table: Mutex<HashMap<(Digest, u64), Weak<LazyBlob>>>,
     parts: Semaphore,
     demands: Semaphore,
-    /// How many readers wait for a demand request now; filling in the background pauses meanwhile.
-    waiting: watch::Sender<usize>,
+    /// How many readers wait, and how many requests for what readers want are under way.
+    foreground: watch::Sender<usize>,
     events: broadcast::Sender<Event>,
+}
+
+/// Something that readers want is under way: filling in the background waits meanwhile.
+#[derive(Debug)]
+struct Foreground(Arc<Shared>);
+
+impl Shared {
+    fn foreground(self: &Arc<Self>) -> Foreground {
+        self.foreground.send_modify(|count| *count += 1);
+        Foreground(Arc::clone(self))
+    }
+}
+
+impl Drop for Foreground {
+    fn drop(&mut self) {
+        self.0.foreground.send_modify(|count| *count -= 1);
+    }
 }
 
 impl Blobs {
@@ -193,7 +210,7 @@ impl Blobs {
                 table: Mutex::default(),
                 parts: Semaphore::new(PARTS_AT_ONCE),
                 demands: Semaphore::new(DEMANDS_AT_ONCE),
-                waiting: watch::Sender::new(0),
+                foreground: watch::Sender::new(0),
                 events: broadcast::Sender::new(1024),
             }),
         }
