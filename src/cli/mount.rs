@@ -63,7 +63,14 @@ fn detached(global: &Global, args: &Mount) -> Exit {
     let result = (|| {
         let settings = context::settings(global, args.values()?)?;
         let signal = || ready.take().map_or(Ok(()), Ready::signal);
-        serve(args, &settings, signal)
+        // Known before the mount is up: afterwards the way to it may be gone.
+        let point = mount::full_path(&args.mountpoint);
+        serve(args, &settings, signal)?;
+        // It went well, so nobody will look for what was said.
+        if let Ok(point) = point {
+            let _ = std::fs::remove_file(settings.runtime_dir.join(log_name(&point)));
+        }
+        Ok(())
     })();
     let Err(error) = result else { return Exit::Ok };
     let explained = explain(&error);
