@@ -47,8 +47,7 @@ pub(super) fn with_index(
     taken: &BTreeSet<&str>,
 ) -> Assignment {
     let wanted = index.tensors_per_shard();
-    let mut holder: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut names: Vec<Option<&str>> = vec![None; layers.len()];
+    let mut proved = Vec::new();
     for (layer, tensors) in layers.iter().enumerate() {
         let Some(tensors) = tensors else { continue };
         let mut held: BTreeMap<&str, usize> = BTreeMap::new();
@@ -58,11 +57,16 @@ pub(super) fn with_index(
         // Tensor names are unique in a header, so equal counts mean that all of the shard's tensors are there.
         let complete = held
             .into_iter()
-            .filter(|(shard, count)| wanted.get(shard) == Some(count));
-        let free =
-            complete.filter(|(shard, _)| !taken.contains(shard) && !holder.contains_key(shard));
-        // A layer that holds several shards is named after the one that it holds most of.
-        if let Some((shard, _)) = free.max_by_key(|(_, count)| *count) {
+            .filter(|(shard, count)| wanted.get(shard) == Some(count) && !taken.contains(shard));
+        proved.extend(complete.map(|(shard, count)| (tensors.len() - count, layer, shard)));
+    }
+    // Who holds the shard and the least beside it has the best claim: a file of all weights beside the shards holds
+    // every one of them, and is none.
+    proved.sort_unstable();
+    let mut holder: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut names: Vec<Option<&str>> = vec![None; layers.len()];
+    for (_, layer, shard) in proved {
+        if names[layer].is_none() && !holder.contains_key(shard) {
             holder.insert(shard, layer);
             names[layer] = Some(shard);
         }
@@ -206,6 +210,26 @@ mod tests {
             ]
         );
         assert_eq!(named.notes.len(), 1);
+    }
+
+    #[test]
+    fn a_file_of_all_weights_is_not_taken_for_one_of_the_shards() {
+        let named = with_index(
+            &index(&TWO),
+            &layers(&[&["a", "b", "c"], &["a"], &["b", "c"]]),
+            &BTreeSet::new(),
+        );
+        assert_eq!(
+            named.names,
+            [
+                "model-00001-of-00003.safetensors",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors"
+            ]
+        );
+        // With nothing better at hand, it serves as the shard that it holds most of.
+        let alone = with_index(&index(&TWO), &layers(&[&["a", "b", "c"]]), &BTreeSet::new());
+        assert_eq!(alone.names, ["model-00002-of-00002.safetensors"]);
     }
 
     #[test]
