@@ -111,6 +111,13 @@ fn messages(error: &anyhow::Error) -> Vec<String> {
 pub(super) fn explain(error: &anyhow::Error) -> Explained {
     let mut found = None;
     for cause in error.chain() {
+        // "Not found" is about the model's name, unless it is said of a blob that the manifest names.
+        if let Some(BlobError::Fetch { source, .. }) = cause.downcast_ref()
+            && source.is_not_found()
+        {
+            let hint = "the registry has the manifest but not this blob of it; push the model again, or tell its operator";
+            return Explained::new(Exit::Network, hint);
+        }
         // A cause further down tells more than what wraps it.
         found = of_cause(cause).or(found);
     }
@@ -217,9 +224,8 @@ fn of_registry(error: &RegistryError) -> Explained {
             "trust the registry's own authority with --ca-file FILE; if it speaks plain HTTP, say so with --plain-http HOST",
         ),
         RegistryError::RateLimited { .. } => (Exit::Network, ""),
-        RegistryError::CaFile { .. }
-        | RegistryError::Source { .. }
-        | RegistryError::Setup { .. } => (Exit::Failure, ""),
+        RegistryError::CaFile { .. } => (Exit::Usage, ""),
+        RegistryError::Source { .. } | RegistryError::Setup { .. } => (Exit::Failure, ""),
         _ => (Exit::Network, ""),
     };
     Explained::new(exit, hint)
@@ -312,6 +318,25 @@ mod tests {
         assert_eq!(text.matches("x.io/m:v1").count(), 1, "{text}");
         assert!(
             text.starts_with("error: cannot pull") && text.contains("\nhint: log in"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_blob_that_the_registry_lost_is_not_a_wrong_name() {
+        let lost = BlobError::Fetch {
+            digest: crate::base::Digest::of(b""),
+            range: crate::base::ByteRange::new(0, 1),
+            source: Arc::new(RegistryError::NotFound {
+                what: "blob".into(),
+            }),
+        };
+        let error = Err::<(), _>(lost).context("cannot pull").unwrap_err();
+        let explained = explain(&error);
+        assert_eq!(explained.exit, Exit::Network);
+        let text = explained.text(&error).unwrap();
+        assert!(
+            text.contains("push the model again") && !text.contains("check the name"),
             "{text}"
         );
     }

@@ -103,16 +103,14 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    /// Whether the registry said that there is no such thing.
+    /// Whether the registry said that there is no such repository, tag or manifest.
     pub fn is_not_found(&self) -> bool {
-        match self {
-            Self::Registry { source, .. }
-            | Self::Blob {
-                source: BlobError::Fetch { source, .. },
-                ..
-            } => source.is_not_found(),
-            _ => false,
-        }
+        matches!(self, Self::Registry { source, .. } if source.is_not_found())
+    }
+
+    /// Whether the registry has the manifest but not a blob that it names: damage there, not a wrong name here.
+    pub fn lacks_blob(&self) -> bool {
+        matches!(self, Self::Blob { source: BlobError::Fetch { source, .. }, .. } if source.is_not_found())
     }
 }
 

@@ -221,9 +221,22 @@ fn nothing_usable(manifest: &Manifest) -> String {
         .artifact_type
         .as_deref()
         .map(|text| format!("artifact type {}, ", quote(text)));
+    let is_image_layer = |layer: &Descriptor| {
+        layer
+            .media_type
+            .starts_with("application/vnd.oci.image.layer.")
+            || layer
+                .media_type
+                .starts_with("application/vnd.docker.image.rootfs.")
+    };
+    let why = if !manifest.layers.is_empty() && manifest.layers.iter().all(is_image_layer) {
+        "a container image, it seems: these are not unpacked"
+    } else {
+        "a layer is shown when it is of a model format or has a name, by an annotation \
+         `org.opencontainers.image.title` or `org.cncf.model.filepath`"
+    };
     format!(
-        "there is no file in it that ocifs can show ({}config type {}, {layers}); `ocifs inspect` says what each \
-         layer is; files packaged by `ocifs push` can be shown",
+        "there is no file in it that ocifs can show ({}config type {}, {layers}); {why}",
         artifact.unwrap_or_default(),
         quote(&manifest.config.media_type),
     )
@@ -300,7 +313,7 @@ async fn config<F: Fetch>(
     }
     match whole(fetch, config.blob()).await {
         Ok(bytes) => Ok(Ok(bytes)),
-        Err(error) if error.is_not_found() => Ok(Err(format!(
+        Err(error) if error.lacks_blob() => Ok(Err(format!(
             "the registry does not have the config {}",
             config.digest
         ))),

@@ -37,9 +37,22 @@ impl Catalogue for Models {
         repository: &'a Repository,
         digest: &'a Digest,
     ) -> BoxFuture<'a, Result<Arc<Model>, TreeError>> {
-        Models::open(self, repository, digest)
-            .map(|model| model.map_err(kind))
-            .boxed()
+        async move {
+            match Models::open(self, repository, digest).await {
+                // What has no file for an engine still has a manifest, a config and blobs to look into. An error would
+                // also end every `find` and every glob that comes by.
+                Err(ModelError::Unusable { reference, reason }) => {
+                    let model = self.inspect(repository, digest).await.map_err(kind)?;
+                    if !model.files.is_empty() {
+                        return Err(kind(ModelError::Unusable { reference, reason }));
+                    }
+                    tracing::warn!(%reference, reason, "only `.oci` is shown");
+                    Ok(model)
+                }
+                model => model.map_err(kind),
+            }
+        }
+        .boxed()
     }
 
     fn tags<'a>(
@@ -109,7 +122,10 @@ fn kind(error: ModelError) -> TreeError {
         ModelError::Blob { reference, .. } => (reference.clone(), None),
     };
     match registry.map(Arc::as_ref) {
-        Some(RegistryError::NotFound { .. }) => TreeError::NotFound { what },
+        // A manifest without its blobs is damage in the registry: the name is right, and shown in listings.
+        Some(RegistryError::NotFound { .. }) if error.is_not_found() => {
+            TreeError::NotFound { what }
+        }
         Some(RegistryError::Denied { .. }) => TreeError::Denied {
             what,
             source: Arc::new(error),
@@ -142,6 +158,18 @@ mod tests {
             kind(registry(RegistryError::NotFound { what: what() })),
             TreeError::NotFound { .. }
         ));
+        let lacking = ModelError::Blob {
+            reference: what(),
+            source: BlobError::Fetch {
+                digest: Digest::of(b""),
+                range: crate::base::ByteRange::new(0, 1),
+                source: Arc::new(RegistryError::NotFound { what: what() }),
+            },
+        };
+        assert!(
+            matches!(kind(lacking), TreeError::Unreachable { .. }),
+            "a missing blob does not make the model's name wrong"
+        );
         let unusable = ModelError::Unusable {
             reference: what(),
             reason: "an image".into(),

@@ -202,10 +202,20 @@ fn an_artifact_without_any_usable_file_says_so() {
         ),
     );
     let (_registry, cache, mount, reference) = mounted(&artifact);
-    // In the directory or by an error, but not as an empty success.
-    if let Ok(names) = mount.try_list(&reference) {
-        assert!(names.is_empty() || names == [".oci"], "{names:?}");
-    }
+    // What there is can be looked into, and nothing stands in the way of a crawler.
+    assert_eq!(
+        mount.try_list(&reference).expect("it is a directory"),
+        [".oci"]
+    );
+    let (repository, _) = reference.rsplit_once(':').unwrap();
+    let around = mount.path(repository.rsplit_once('/').unwrap().0);
+    let found = std::process::Command::new("find")
+        .arg(around)
+        .output()
+        .unwrap();
+    assert!(found.status.success(), "{found:?}");
+    let said = String::from_utf8_lossy(&found.stdout);
+    assert!(said.contains(":v1/.oci/blobs/sha256:"), "{said}");
     let output = run_ocifs([
         "inspect",
         "--cache-dir",
