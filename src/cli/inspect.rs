@@ -25,8 +25,10 @@ pub(super) fn run(global: &Global, args: &Inspect) -> Result<Exit> {
         let model = context::look_up(&models, &reference).await?;
         if let Some(path) = &args.file {
             let file = model.file(path.trim_start_matches('/'));
-            let missing =
-                || Failure::new(Exit::NotFound, format!("{reference} has no file `{path}`"));
+            let missing = || {
+                Failure::new(Exit::NotFound, format!("{reference} has no file `{path}`"))
+                    .hint(format!("`ocifs ls {reference}` lists what it has"))
+            };
             return one_file(file.ok_or_else(missing)?, args.json).await;
         }
         let tensors = match args.tensors {
@@ -132,11 +134,9 @@ fn print(
             Timestamp::of(model.created).to_string(),
         ]);
     }
-    let size = format!(
-        "{} in {} layers",
-        ByteSize(model.size()),
-        manifest.layers.len()
-    );
+    let count = manifest.layers.len();
+    let plural = if count == 1 { "" } else { "s" };
+    let size = format!("{} in {count} layer{plural}", ByteSize(model.size()));
     rows.push(["size".to_owned(), size]);
     if let Some(problem) = &model.problem {
         rows.push(["problem".to_owned(), printable(problem)]);

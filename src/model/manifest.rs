@@ -20,10 +20,12 @@ const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// What a manifest says, as far as it matters here. `urls` and `data` of descriptors are not looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Manifest {
     /// Its own media type.
     pub media_type: String,
     /// Its `artifactType`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
     /// The config.
     pub config: Descriptor,
@@ -35,6 +37,7 @@ pub struct Manifest {
 
 /// One descriptor (image-spec descriptor.md).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Descriptor {
     /// The media type, empty when there is none.
     pub media_type: String,
@@ -312,6 +315,19 @@ mod tests {
 
     fn read(value: &Value) -> Result<Document, String> {
         parse(value.to_string().as_bytes(), "")
+    }
+
+    #[test]
+    fn it_is_written_with_the_names_that_the_specification_has() {
+        let Document::Manifest(manifest) = read(&example()).unwrap() else {
+            panic!("it is a manifest");
+        };
+        let written = serde_json::to_value(&manifest).unwrap();
+        assert_eq!(
+            written["config"]["mediaType"],
+            example()["config"]["mediaType"]
+        );
+        assert!(written.get("artifactType").is_none() && written.get("media_type").is_none());
     }
 
     /// The example manifest of the OCI loader that was proposed to vLLM, with digests filled in.
