@@ -349,7 +349,7 @@ pub(super) fn explain(body: &[u8]) -> String {
         message: Option<String>,
     }
     let Ok(envelope) = serde_json::from_slice::<Envelope>(body) else {
-        return "it gives no reason".to_owned();
+        return plain(body).unwrap_or_else(|| "it gives no reason".to_owned());
     };
     let mut said: Vec<String> = envelope
         .errors
@@ -377,6 +377,13 @@ pub(super) fn explain(body: &[u8]) -> String {
     }
 }
 
+/// A body that is one short line of text, as servers send that are no registry, or speak TLS on that port.
+fn plain(body: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(body).ok()?.trim();
+    let is_line = !text.is_empty() && !text.starts_with(['<', '{', '[']) && !text.contains('\n');
+    is_line.then(|| bounded(text, 200))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -393,6 +400,11 @@ mod tests {
                 r#"{"details":"incorrect username or password"}"#,
                 "incorrect username or password",
             ),
+            (
+                "Client sent an HTTP request to an HTTPS server.\n",
+                "Client sent an HTTP request to an HTTPS server.",
+            ),
+            ("two\nlines", "it gives no reason"),
             ("<html>", "it gives no reason"),
             ("{}", "it gives no reason"),
             ("", "it gives no reason"),

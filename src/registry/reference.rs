@@ -221,7 +221,7 @@ impl FromStr for Reference {
         };
         let parsed: oci_client::Reference =
             named.parse().map_err(|error: oci_client::ParseError| {
-                ReferenceError::new(text, error.to_string())
+                ReferenceError::new(text, fault(text).unwrap_or_else(|| error.to_string()))
             })?;
         let repository = Repository::new(literal.unwrap_or(parsed.registry()), parsed.repository())
             .map_err(|error| ReferenceError::new(text, error.reason))?;
@@ -239,6 +239,36 @@ impl FromStr for Reference {
             digest,
         })
     }
+}
+
+/// Which part of a text that is no reference is wrong, where that can be told.
+fn fault(text: &str) -> Option<String> {
+    let (name, digest) = match text.split_once('@') {
+        Some((name, digest)) => (name, Some(digest)),
+        None => (text, None),
+    };
+    if let Some(digest) = digest
+        && let Err(error) = digest.parse::<Digest>()
+    {
+        return Some(bounded(&error.to_string(), 200));
+    }
+    let (directory, last) = name.rsplit_once('/').unwrap_or(("", name));
+    let (last, tag) = match last.split_once(':') {
+        Some((last, tag)) => (last, Some(tag)),
+        None => (last, None),
+    };
+    if let Some(tag) = tag
+        && let Err(error) = Tag::from_str(tag)
+    {
+        return Some(error.reason);
+    }
+    let (host, path) = match directory.split_once('/') {
+        Some((host, path)) if Repository::is_host(host) => (host, format!("{path}/{last}")),
+        None if Repository::is_host(directory) => (directory, last.to_owned()),
+        None if directory.is_empty() => (DOCKER_HUB, last.to_owned()),
+        _ => (DOCKER_HUB, format!("{directory}/{last}")),
+    };
+    Some(Repository::new(host, &path).err()?.reason)
 }
 
 macro_rules! show {
@@ -281,6 +311,22 @@ impl fmt::Display for Reference {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wrong_reference_is_told_which_part_is_wrong() {
+        for (text, part) in [
+            ("localhost:5300/t/v01:", "a tag has"),
+            ("BAD:REF:x", "a tag has"),
+            ("x.io/m:.v1", "a tag has"),
+            ("UPPER", "lower-case"),
+            ("x.io/Org/m", "lower-case"),
+            ("x.io/m@sha256:abc", "digest"),
+            ("x.io/m@md5:abc", "digest"),
+        ] {
+            let error = text.parse::<Reference>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn references_are_normalised_as_docker_does() {
