@@ -419,6 +419,20 @@ impl Settings {
             Some((dir, _)) => surroundings.directory.join(&dir[0]),
             None => surroundings.runtime_dir(),
         };
+        let plain_http = values.list("plain-http").unwrap_or_default();
+        if let Some(wrong) = plain_http.iter().find(|host| host.contains('/')) {
+            return Err(values.refuse(
+                "plain-http",
+                format!("`{wrong}` is no host; write HOST or HOST:PORT"),
+            ));
+        }
+        // Typed by hand it must be there. The default ones, and those of a file, may come with a later login.
+        if let Some((files, Origin::Flag(_))) = values.0.get("auth-file") {
+            let absent = |file: &&String| !surroundings.directory.join(file).exists();
+            if let Some(file) = files.iter().find(absent) {
+                return Err(values.refuse("auth-file", format!("there is no file {file}")));
+            }
+        }
         let seconds = Duration::from_secs;
         let paths = |name: &str| {
             let list = values.list(name)?;
@@ -435,7 +449,7 @@ impl Settings {
             cache_size: values.read("cache-size", cache_size)?,
             allow_other: values.read("allow-other", yes_or_no)?.unwrap_or(false),
             registry: RegistryConfig {
-                plain_http: values.list("plain-http").unwrap_or_default(),
+                plain_http,
                 ca_files: paths("ca-file").unwrap_or_default(),
                 auth_files: Some(
                     paths("auth-file").unwrap_or_else(|| default_auth_files(surroundings.variable)),
@@ -468,6 +482,14 @@ impl Settings {
 }
 
 impl Values {
+    fn refuse(&self, name: &str, reason: String) -> ConfigError {
+        let origin = self.0.get(name).map(|(_, origin)| origin.clone());
+        ConfigError::Value {
+            origin: origin.unwrap_or_else(|| Origin::Flag(name.to_owned())),
+            reason,
+        }
+    }
+
     fn read<T>(
         &self,
         name: &str,

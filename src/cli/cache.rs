@@ -168,6 +168,12 @@ fn remove(cache: &Cache, what: &[String]) -> Result<Exit> {
         let before = cache.usage().allocated;
         match text.parse::<Digest>() {
             Ok(digest) => cache.remove(&digest)?,
+            Err(error) if text.starts_with("sha256:") => {
+                let failure = Failure::new(Exit::Usage, format!("`{text}` is no digest: {error}"));
+                return Err(failure
+                    .hint("`ocifs cache ls` shows the digests in full")
+                    .into());
+            }
             Err(_) => remove_model(cache, &text.parse()?)?,
         }
         let freed = before.saturating_sub(cache.usage().allocated);

@@ -15,12 +15,13 @@ use super::args::{Global, Mount};
 use super::context;
 use super::exit::Exit;
 use super::explain::{Failure, explain};
+use super::progress::eprint;
 use crate::blob::{Blobs, Verified};
 use crate::config::Settings;
 use crate::model::Models;
 use crate::mount::{self, Handler, MountOptions, Ready, Request};
 use crate::registry::Reference;
-use crate::tree::{Space, Tree, TreeConfig};
+use crate::tree::{Space, Tree, TreeConfig, TreeError};
 
 /// How long the mount may take to come up.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -36,6 +37,7 @@ pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
     }
     let point = mount::full_path(&args.mountpoint).unwrap_or_else(|_| args.mountpoint.clone());
     let log = log_file(&settings.runtime_dir, &point)?;
+    let hides = hides_something(&point);
     let typed = std::env::args_os()
         .skip(1)
         .chain([OsString::from("--detached")]);
@@ -47,7 +49,19 @@ pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
         let (exit, message) = told.unwrap_or((Exit::Failure, &text));
         Failure::new(exit, message)
     })?;
+    if hides {
+        // The process in the background writes its messages to a file that nobody looks at now.
+        eprint(&format!(
+            "warning: {0} is not empty; what is in it is hidden until `ocifs umount {0}`",
+            point.display()
+        ));
+    }
     Ok(Exit::Ok)
+}
+
+/// Whether a mount on `point` hides files. What can't be told is none.
+fn hides_something(point: &Path) -> bool {
+    std::fs::read_dir(point).is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// The process in the background.
@@ -85,7 +99,7 @@ fn detached(global: &Global, args: &Mount) -> Exit {
     explained.exit
 }
 
-fn exit_of(code: u8) -> Option<Exit> {
+pub(super) fn exit_of(code: u8) -> Option<Exit> {
     use Exit::{Busy, Corrupt, Denied, Failure, Network, NotFound, Usage};
     [Failure, Usage, NotFound, Denied, Network, Corrupt, Busy]
         .into_iter()
@@ -182,14 +196,25 @@ fn handler(settings: &Settings, tree: &Tree, models: &Models, blobs: &Blobs) -> 
                 Request::Refresh { reference } => {
                     let reference: Reference =
                         reference.parse().map_err(|error| format!("{error}"))?;
-                    let digest = tree.refresh(&reference).await;
-                    digest
-                        .map(|digest| json!({ "digest": digest }))
-                        .map_err(|error| causes(&error))
+                    match tree.refresh(&reference).await {
+                        Ok(digest) => Ok(json!({ "digest": digest })),
+                        Err(error) => Ok(refused(&error)),
+                    }
                 }
             }
         })
     })
+}
+
+/// What a refresh failed for, and the exit code that tells a script.
+fn refused(error: &TreeError) -> Value {
+    let exit = match error {
+        TreeError::NotFound { .. } => Exit::NotFound,
+        TreeError::Denied { .. } => Exit::Denied,
+        TreeError::Unreachable { .. } | TreeError::Timeout { .. } => Exit::Network,
+        _ => Exit::Failure,
+    };
+    json!({ "error": causes(error), "exit": exit as u8 })
 }
 
 fn causes(error: &dyn std::error::Error) -> String {
@@ -259,6 +284,15 @@ mod tests {
         assert!(long.len() <= 204 && long.ends_with("-é.log"));
         assert_eq!(exit_of(7), Some(Exit::Busy));
         assert_eq!(exit_of(0), None);
+    }
+
+    #[test]
+    fn a_mount_point_with_files_is_told_from_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!hides_something(dir.path()));
+        assert!(!hides_something(&dir.path().join("nowhere")));
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        assert!(hides_something(dir.path()));
     }
 
     #[test]

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use serde_json::Value;
 
 use super::args::{Global, Refresh};
 use super::exit::Exit;
 use super::explain::Failure;
+use super::mount::exit_of;
 use super::output::{line, printable};
 use super::progress::eprint;
 use super::{context, status};
@@ -42,6 +44,7 @@ pub(super) fn run(global: &Global, args: &Refresh) -> Result<Exit> {
     let mut failed = None;
     for one in &mounts {
         let answer = mount::request(&settings.runtime_dir, one, &request, PATIENCE);
+        let answer = answer.map_err(anyhow::Error::from).and_then(told);
         match answer
             .with_context(|| format!("cannot refresh {reference} in {}", one.path.display()))
         {
@@ -58,4 +61,33 @@ pub(super) fn run(global: &Global, args: &Refresh) -> Result<Exit> {
         }
     }
     failed.map_or(Ok(Exit::Ok), Err)
+}
+
+/// A daemon's answer, or the failure that it tells of.
+fn told(answer: Value) -> Result<Value> {
+    let Some(error) = answer["error"].as_str() else {
+        return Ok(answer);
+    };
+    let code = answer["exit"]
+        .as_u64()
+        .and_then(|code| code.try_into().ok());
+    let exit = code.and_then(exit_of).unwrap_or(Exit::Failure);
+    Err(Failure::new(exit, error).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::cli::explain::explain;
+
+    #[test]
+    fn a_daemon_s_failure_keeps_its_exit_code() {
+        assert!(told(json!({ "digest": "sha256:00" })).is_ok());
+        let absent = told(json!({ "error": "x.io/m:v1: not found", "exit": 3 })).unwrap_err();
+        assert_eq!(explain(&absent).exit, Exit::NotFound);
+        let strange = told(json!({ "error": "?", "exit": 77_777 })).unwrap_err();
+        assert_eq!(explain(&strange).exit, Exit::Failure);
+    }
 }

@@ -145,6 +145,35 @@ fn values_of_all_shapes_arrive() {
 }
 
 #[test]
+fn a_url_is_no_host_and_a_named_credential_file_must_exist() {
+    let url = Case::new()
+        .resolve(&["plain-http=http://r.lan"])
+        .unwrap_err();
+    let url = url.to_string();
+    assert!(
+        url.contains("plain-http") && url.contains("HOST:PORT"),
+        "{url}"
+    );
+    let mut values = Values::default();
+    let setting = Setting::named("auth-file").unwrap();
+    let given = vec!["/nowhere/auth.json".to_owned()];
+    values.give(setting, given, Origin::Flag("auth-file".into()));
+    let case = Case::new();
+    let surroundings = Surroundings {
+        variable: &|name| case.variables.get(name).map(Into::into),
+        user: 0,
+        directory: "/".into(),
+        system_file: "/nowhere/config.toml".into(),
+    };
+    let error = Settings::resolve(values, None, &surroundings).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("--auth-file") && error.contains("/nowhere/auth.json"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_mistake_is_reported_with_its_place_and_the_nearest_name() {
     let typo = Case::new()
         .file(USER, "# mine\ncache-sise = '1G'\n")

@@ -108,7 +108,10 @@ impl Layout {
             seen: Mutex::new(None),
         };
         if !dir.join("oci-layout").is_file() {
-            let text = "no OCI image layout: the directory has no `oci-layout` file";
+            let text = match dir.is_dir() {
+                true => "no OCI image layout: the directory has no `oci-layout` file",
+                false => "there is no such directory",
+            };
             return Err(io::Error::new(io::ErrorKind::NotFound, text));
         }
         layout.index()?;

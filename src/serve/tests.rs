@@ -336,6 +336,9 @@ async fn what_is_no_layout_is_refused_at_once() {
             .to_string()
             .contains("oci-layout")
     );
+    let nowhere = Server::bind(&dir.path().join("nowhere"), addr).await;
+    let said = nowhere.unwrap_err().to_string();
+    assert!(said.contains("no such directory"), "{said}");
     layout(dir.path(), &[], json!([]));
     std::fs::write(dir.path().join("index.json"), "<html>").unwrap();
     assert!(Server::bind(dir.path(), addr).await.is_err());
