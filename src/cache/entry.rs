@@ -4,8 +4,9 @@
 //! 1. `partial/<hex>.data` is made empty, the exclusive flock(2) on it taken, the map written, and last the data
 //!    file given its length. A data file without its length has no valid map.
 //! 2. Chunks arrive: bytes, then checksum (`chunkmap.rs`).
-//! 3. Sealing, once the caller has found the SHA-256 of the whole file right: fdatasync of the data, rename to
-//!    `blobs/sha256/<hex>`, fsync of both directories, state "sealed" in the map for other processes, map removed.
+//! 3. Sealing, once the caller has found the SHA-256 of the whole file right: fdatasync of the data; under the cache's
+//!    lock, if the name still leads to this file, rename to `blobs/sha256/<hex>`; fsync of both directories, state "sealed"
+//!    in the map for other processes, map removed.
 //! 4. Discarding, when the SHA-256 is wrong: state "discarded", both files removed. Whoever has them open reads on
 //!    from files that have no name, and learns of it from the state.
 //!
@@ -79,7 +80,7 @@ impl Entry {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed()(error)),
         };
-        lock::shared(&data).map_err(failed())?;
+        lock::shared(&data, lock::PATIENCE).map_err(failed())?;
         let metadata = data.metadata().map_err(failed())?;
         if metadata.nlink() == 0 {
             return Ok(None);
@@ -117,7 +118,7 @@ impl Entry {
         };
         let failed = || CacheError::io("open", &data_path);
         let data = open(&data_path).map_err(failed())?;
-        lock::shared(&data).map_err(failed())?;
+        lock::shared(&data, lock::PATIENCE).map_err(failed())?;
         let mut metadata = data.metadata().map_err(failed())?;
         if !names(&data_path, &metadata) {
             return Ok(None);
@@ -154,7 +155,7 @@ impl Entry {
                 data.set_len(size).map_err(failed())?;
                 map = load().map_err(CacheError::io("read", &map_path))?;
             }
-            lock::shared(&data).map_err(failed())?;
+            lock::shared(&data, lock::PATIENCE).map_err(failed())?;
             let metadata = data.metadata().map_err(failed())?;
             if !names(&data_path, &metadata) {
                 return Ok(None);
@@ -325,12 +326,24 @@ impl Entry {
         self.data
             .sync_data()
             .map_err(CacheError::io("sync", &data))?;
-        match fs::rename(&data, &sealed) {
-            Ok(()) => {}
-            // Another process was first; its file is this file.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && sealed.exists() => {}
-            Err(error) => return Err(CacheError::io("rename", &data)(error)),
-        }
+        self.cache.locked(|| {
+            let metadata = self
+                .data
+                .metadata()
+                .map_err(CacheError::io("look at", &data))?;
+            // The names may lead to another file by now, whose bytes nobody has hashed: after the directory was removed
+            // below us, or after somebody discarded this one. The lock keeps that from happening in between.
+            if names(&data, &metadata) {
+                fs::rename(&data, &sealed).map_err(CacheError::io("rename", &data))
+            } else if names(&sealed, &metadata) {
+                Ok(()) // another process was first
+            } else {
+                Err(CacheError::Unusable {
+                    path: data.clone(),
+                    reason: "another file has taken this one's name".to_owned(),
+                })
+            }
+        })?;
         sync_dir(&layout.sealed_dir()).map_err(CacheError::io("sync", &sealed))?;
         sync_dir(&layout.partial_dir()).map_err(CacheError::io("sync", &data))?;
         self.state.store(SEALED, Ordering::Release);
@@ -346,13 +359,19 @@ impl Entry {
         self.state.store(DISCARDED, Ordering::Release);
         let _ = map.set_state(State::Discarded);
         let data = self.cache.layout().data(&self.digest);
-        if self
-            .data
-            .metadata()
-            .is_ok_and(|metadata| names(&data, &metadata))
-        {
-            let _ = fs::remove_file(data);
-            let _ = fs::remove_file(self.cache.layout().map(&self.digest));
+        let removed = self.cache.locked(|| {
+            let metadata = self
+                .data
+                .metadata()
+                .map_err(CacheError::io("look at", &data))?;
+            if names(&data, &metadata) {
+                fs::remove_file(&data).map_err(CacheError::io("remove", &data))?;
+                let _ = fs::remove_file(self.cache.layout().map(&self.digest));
+            }
+            Ok(())
+        });
+        if let Err(error) = removed {
+            tracing::warn!(digest = %self.digest, %error, "wrong bytes stay in the cache until they are found wrong again");
         }
     }
 

@@ -9,17 +9,47 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 
-/// Waits for a shared lock on `file`.
-pub(super) fn shared(file: &File) -> io::Result<()> {
-    Ok(retry(|| flock(file, FlockOperation::LockShared))?)
+use crate::base::Deadline;
+
+/// How long a lock is waited for. Whoever works under one takes milliseconds, but may have been stopped (SIGSTOP, a
+/// debugger, a frozen container), and then a read must go on without the cache.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest pause between two looks at a lock that somebody else has.
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+
+/// Waits for a shared lock on `file`, at most for `patience`: [`io::ErrorKind::TimedOut`].
+pub(super) fn shared(file: &File, patience: Duration) -> io::Result<()> {
+    within(file, FlockOperation::NonBlockingLockShared, patience)
 }
 
-/// Waits for the exclusive lock on `file`.
-pub(super) fn exclusive(file: &File) -> io::Result<()> {
-    Ok(retry(|| flock(file, FlockOperation::LockExclusive))?)
+/// Waits for the exclusive lock on `file`, at most for `patience`: [`io::ErrorKind::TimedOut`].
+pub(super) fn exclusive(file: &File, patience: Duration) -> io::Result<()> {
+    within(file, FlockOperation::NonBlockingLockExclusive, patience)
+}
+
+/// flock(2) knows no timeout, so the lock is asked for again and again.
+fn within(file: &File, operation: FlockOperation, patience: Duration) -> io::Result<()> {
+    let deadline = Deadline::after(patience);
+    let mut pause = Duration::from_micros(50);
+    loop {
+        match retry(|| flock(file, operation)) {
+            Err(rustix::io::Errno::WOULDBLOCK) if deadline.passed() => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("another process has kept the lock for {patience:?}"),
+                ));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                std::thread::sleep(pause.min(deadline.left()));
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+            result => return Ok(result?),
+        }
+    }
 }
 
 /// Takes the exclusive lock on `file` if nobody else has one.
@@ -96,6 +126,26 @@ fn set(file: &File, kind: libc::c_int, start: u64, len: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_that_is_kept_is_waited_for_only_so_long() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (a, b) = (
+            File::open(file.path()).unwrap(),
+            File::open(file.path()).unwrap(),
+        );
+        let moment = Duration::from_millis(30);
+        shared(&a, moment).unwrap();
+        shared(&b, moment).unwrap();
+        let error = exclusive(&b, moment).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(a);
+        });
+        exclusive(&b, Duration::from_secs(20)).unwrap();
+        holder.join().unwrap();
+    }
 
     #[test]
     fn claims_of_two_opens_exclude_each_other_and_end_with_their_holder() {

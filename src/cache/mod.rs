@@ -254,6 +254,9 @@ impl Cache {
     }
 
     /// Runs `action` under the cache's exclusive lock, which all processes respect. Not reentrant.
+    ///
+    /// # Errors
+    /// When somebody keeps the lock for longer than [`lock::PATIENCE`], beside those of `action`.
     fn locked<T>(&self, action: impl FnOnce() -> Result<T, CacheError>) -> Result<T, CacheError> {
         let path = self.layout().lock();
         let file = std::fs::OpenOptions::new()
@@ -262,7 +265,7 @@ impl Cache {
             .truncate(false)
             .open(&path)
             .map_err(CacheError::io("open", &path))?;
-        lock::exclusive(&file).map_err(CacheError::io("lock", &path))?;
+        lock::exclusive(&file, lock::PATIENCE).map_err(CacheError::io("lock", &path))?;
         action()
     }
 }

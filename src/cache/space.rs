@@ -57,6 +57,8 @@ pub(super) struct Space {
     reserving: Mutex<()>,
     /// When eviction last found nothing to evict.
     exhausted: Mutex<Option<Instant>>,
+    /// When the lock was last waited for in vain: not every part that arrives is to wait for it again.
+    stuck: Mutex<Option<Instant>>,
 }
 
 impl Space {
@@ -66,6 +68,7 @@ impl Space {
             estimate: Mutex::new(None),
             reserving: Mutex::new(()),
             exhausted: Mutex::new(None),
+            stuck: Mutex::new(None),
         }
     }
 
@@ -136,7 +139,11 @@ impl Cache {
             space.note(known.saturating_add(bytes));
             return Ok(());
         }
-        self.locked(|| {
+        let recently = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < lock::PATIENCE);
+        if recently(&guard(&space.stuck)) {
+            return Err(CacheError::Full { wanted: bytes });
+        }
+        let reserved = self.locked(|| {
             let found = self.scan()?;
             let mut allocated = found.iter().map(|blob| blob.allocated).sum::<u64>();
             if allocated.saturating_add(bytes) > space.limit {
@@ -157,7 +164,13 @@ impl Cache {
             allocate()?;
             space.note(allocated.saturating_add(bytes));
             Ok(())
-        })
+        });
+        if let Err(CacheError::Io { source, .. }) = &reserved
+            && source.kind() == io::ErrorKind::TimedOut
+        {
+            *guard(&space.stuck) = Some(Instant::now());
+        }
+        reserved
     }
 
     /// Evicts blobs that nobody uses, least recently used first, until at most `target` bytes are allocated. Returns what is.
@@ -313,6 +326,7 @@ impl Cache {
                 Ok(verdict) => report(&info, verdict),
                 // Evicted or sealed meanwhile.
                 Err(CacheError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(CacheError::Absent { .. }) => {}
                 Err(error) => return Err(error),
             }
         }

@@ -382,3 +382,33 @@ fn many_openers_at_once_agree_on_one_pair_of_files() {
         assert_eq!(entry.read(whole(&entry)).unwrap().unwrap(), bytes);
     }
 }
+
+#[test]
+fn what_is_sealed_is_the_file_that_was_hashed_and_no_other_of_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = content(7, 100_000);
+    let digest = Digest::of(&bytes);
+    let a = cache(dir.path(), 1 << 30);
+    let whole_one = Arc::new(a.entry(&digest, 100_000).unwrap());
+    whole_one
+        .writer(whole(&whole_one))
+        .unwrap()
+        .push(&bytes)
+        .unwrap();
+    // Somebody removes the directory below a daemon, and another one begins the same blob anew.
+    fs::remove_dir_all(dir.path()).unwrap();
+    let b = cache(dir.path(), 1 << 30);
+    let begun = Arc::new(b.entry(&digest, 100_000).unwrap());
+    let part = ByteRange::new(0, 16384);
+    begun.writer(part).unwrap().push(&bytes[..16384]).unwrap();
+    assert!(whole_one.seal().is_err());
+    assert!(!b.is_sealed(&digest), "a blob with holes was sealed");
+    let rest = ByteRange::new(16384, 100_000);
+    begun.writer(rest).unwrap().push(&bytes[16384..]).unwrap();
+    begun.seal().unwrap();
+    assert_eq!(
+        fs::read(b.layout().sealed(&digest)).unwrap(),
+        bytes,
+        "and the other one is not hindered"
+    );
+}
