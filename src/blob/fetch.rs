@@ -13,7 +13,7 @@ use super::BlobError;
 use super::flight::{Flight, Urgency};
 use super::lazy::{Chain, Hold, LazyBlob};
 use crate::base::{ByteRange, Deadline, lock};
-use crate::cache::{CacheError, Writer};
+use crate::cache::Writer;
 use crate::registry::{BlobBody, BodyStream, RegistryError};
 
 /// How often to look whether another process has brought what it is fetching.
@@ -55,18 +55,21 @@ impl LazyBlob {
 
     async fn request(self: &Arc<Self>, flight: &Flight, hold: &Hold) -> Result<(), BlobError> {
         let _permit = self.permit(flight).await;
-        let _claim = match self.claim(flight, hold).await {
-            Claimed::Mine(claim) => claim,
+        let claim = match self.claim(flight, hold).await {
+            Claimed::Mine(claim) => Some(claim),
+            Claimed::Others => None,
             Claimed::Done => return Ok(()),
         };
+        // Two processes that write the same chunk could write different bytes, one of them after the other has hashed.
+        let keep = claim.is_some();
         if flight.whole {
-            return self.stream(flight, hold, None).await;
+            return self.stream(flight, hold, None, keep).await;
         }
         // Another process may have brought some of it before the claim was ours.
         let gaps = self.missing(hold, flight.range);
         for gap in gaps {
             flight.advance(gap.start());
-            match self.bring(flight, hold, gap, None).await? {
+            match self.bring(flight, hold, gap, None, keep).await? {
                 Brought::All => {}
                 Brought::Whole(body) => return self.switch_to_stream(body),
             }
@@ -120,7 +123,7 @@ impl LazyBlob {
                 moved = Deadline::after(OTHERS_PATIENCE);
             } else if moved.passed() {
                 tracing::warn!(digest = %self.digest, range = %flight.range, "another process holds this range and brings nothing");
-                return Claimed::Mine(None);
+                return Claimed::Others;
             }
         }
     }
@@ -132,8 +135,9 @@ impl LazyBlob {
         hold: &Hold,
         range: ByteRange,
         mut body: Option<BodyStream>,
+        keep: bool,
     ) -> Result<Brought, BlobError> {
-        let mut sink = self.sink(flight, hold, range)?;
+        let mut sink = self.sink(flight, hold, range, keep)?;
         let mut pause = FIRST_PAUSE;
         let mut deadline = Deadline::after(self.shared.config.read_timeout);
         while sink.position() < range.end() {
@@ -213,7 +217,7 @@ impl LazyBlob {
                 bytes = bytes.split_off(usize::try_from(cut).unwrap_or(usize::MAX));
             }
             self.keep(hold, sink, bytes);
-            flight.advance(sink.ready(hold));
+            flight.advance(sink.ready());
         }
         flight.advance(sink.position());
         Ok(())
@@ -250,9 +254,15 @@ impl LazyBlob {
         }
     }
 
-    fn sink(&self, flight: &Flight, hold: &Hold, range: ByteRange) -> Result<Sink, BlobError> {
+    fn sink(
+        &self,
+        flight: &Flight,
+        hold: &Hold,
+        range: ByteRange,
+        keep: bool,
+    ) -> Result<Sink, BlobError> {
         let memory = Sink::Memory { at: range.start() };
-        let Some(entry) = hold.entry() else {
+        let Some(entry) = hold.entry().filter(|_| keep) else {
             return if flight.urgency == Urgency::Demand {
                 Ok(memory)
             } else {
@@ -262,7 +272,8 @@ impl LazyBlob {
         match block_in_place(|| entry.writer(range)) {
             Ok(writer) => Ok(Sink::Cache(writer)),
             // Nobody waits for what would only be dropped again.
-            Err(CacheError::Full { .. }) if flight.urgency != Urgency::Demand => {
+            Err(error) if flight.urgency != Urgency::Demand => {
+                tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not fetched ahead");
                 lock(&self.state).no_room = Some(Instant::now());
                 Err(self.no_room())
             }
@@ -308,7 +319,7 @@ impl LazyBlob {
             let hold = landing.blob.hold();
             let result = landing
                 .blob
-                .stream(&landing.flight, &hold, Some(body))
+                .stream(&landing.flight, &hold, Some(body), true)
                 .await;
             landing.end(result);
         });
@@ -321,16 +332,21 @@ impl LazyBlob {
         flight: &Flight,
         hold: &Hold,
         body: Option<BodyStream>,
+        keep: bool,
     ) -> Result<(), BlobError> {
         self.filling.store(true, Ordering::Release);
-        self.bring(flight, hold, flight.range, body)
+        self.bring(flight, hold, flight.range, body, keep)
             .await
             .map(|_| ())
     }
 }
 
 enum Claimed {
+    /// `None` where no claims are to be had.
     Mine(Option<crate::cache::Claim>),
+    /// Another process holds it and brings nothing.
+    Others,
+    /// Another process has brought everything.
     Done,
 }
 
@@ -350,12 +366,9 @@ impl Sink {
     }
 
     /// Up to where readers find the bytes: whole chunks in the cache, every byte in memory.
-    fn ready(&self, hold: &Hold) -> u64 {
+    fn ready(&self) -> u64 {
         match self {
-            Self::Cache(writer) => {
-                let chunk = hold.entry().map_or(1, |entry| entry.chunk());
-                writer.position() / chunk * chunk
-            }
+            Self::Cache(writer) => writer.ready(),
             Self::Memory { at } => *at,
         }
     }

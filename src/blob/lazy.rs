@@ -16,11 +16,9 @@ use super::prefetch::{Advice, Prefetcher};
 use super::verify::Hashing;
 use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
 use crate::base::{ByteRange, Deadline, Digest, lock};
-use crate::cache::Entry;
+use crate::cache::{Cache, CacheError, Entry};
 use crate::registry::Repository;
 
-/// The unit in which bytes are asked for where the cache does not set one.
-const UNCACHED_CHUNK: u64 = 16 << 10;
 /// A cache that could not open the blob is asked again after this.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// A cache that had no room is not filled ahead of readers for this long.
@@ -145,6 +143,7 @@ impl LazyBlob {
     /// Keeps the blob's cache entry open, and the blob safe from eviction, until the hold is dropped.
     pub fn hold(self: &Arc<Self>) -> Hold {
         let mut slot = lock(&self.slot);
+        let mut undecided = false;
         slot.holds += 1;
         let recently = |at: &Instant| at.elapsed() < OPEN_AGAIN_AFTER;
         // Of a blob that turned out wrong nothing is read again.
@@ -154,6 +153,7 @@ impl LazyBlob {
             match self.shared.cache.entry(&self.digest, self.size) {
                 Ok(entry) => {
                     let sealed = entry.is_sealed();
+                    undecided = !sealed && entry.has(ByteRange::new(0, self.size));
                     slot.entry = Some(Arc::new(entry));
                     slot.opening += 1;
                     // Evicted since it was last open: what was known of it is void.
@@ -177,9 +177,14 @@ impl LazyBlob {
             }
         }
         drop(slot);
-        Hold {
+        let hold = Hold {
             blob: Arc::clone(self),
+        };
+        if undecided {
+            // All of it came before somebody was killed, and nothing will come that would have it hashed.
+            self.hash_soon();
         }
+        hold
     }
 
     /// The bytes of `range` if all are here; neither waits nor fetches. May be called from any thread, and counts as a
@@ -201,11 +206,26 @@ impl LazyBlob {
     /// Any [`BlobError`] but `NoRoom`: what the cache cannot keep is served all the same.
     pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, BlobError> {
         if self.shared.config.strict {
-            self.complete().await?;
+            return self.read_strictly(range).await;
         }
         self.note(range);
         self.fetch_and_read(range, Deadline::after(self.shared.config.read_timeout))
             .await
+    }
+
+    /// The bytes of `range` once the blob is whole and right, from the cache file that was hashed and nowhere else.
+    async fn read_strictly(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, BlobError> {
+        let hold = self.hold();
+        for _ in 0..ROUNDS {
+            self.complete().await?;
+            if let Some(bytes) = self.look(&hold, range, true)? {
+                return Ok(bytes);
+            }
+        }
+        Err(BlobError::NoRoom {
+            digest: self.digest,
+            size: self.size,
+        })
     }
 
     /// The bytes of `range` by `deadline`, and nothing fetched beside them: for headers and listings.
@@ -295,20 +315,18 @@ impl LazyBlob {
             return Ok(Some(Bytes::new()));
         }
         let entry = hold.entry();
-        if strict && !entry.as_ref().is_some_and(|entry| entry.is_sealed()) {
+        if strict && *self.verified.borrow() != Verified::Yes {
             return Ok(None);
         }
         if let Some(entry) = &entry {
             match entry.read(range) {
                 Ok(Some(bytes)) => return Ok(Some(bytes)),
                 Ok(None) => {}
-                Err(error) => {
-                    tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache cannot be read")
-                }
+                Err(error) => self.distrust(entry, &error),
             }
         }
         let state = lock(&self.state);
-        if state.overlay.is_empty() {
+        if strict || state.overlay.is_empty() {
             return Ok(None);
         }
         let mut bytes = BytesMut::with_capacity(usize::try_from(range.len()).unwrap_or(0));
@@ -327,6 +345,33 @@ impl LazyBlob {
             }
         }
         Ok(Some(bytes.freeze()))
+    }
+
+    /// Goes on without a cache file that cannot be read, for a while: its bytes come from the registry again.
+    pub(super) fn distrust(&self, entry: &Arc<Entry>, error: &CacheError) {
+        if !self.let_go(entry, Some(Instant::now())) {
+            return; // somebody else was faster
+        }
+        tracing::warn!(digest = %self.digest, error = %Chain(error), "the cache cannot be read; reading without it");
+        self.verified.send_if_modified(|verified| {
+            let was = *verified == Verified::Yes;
+            if was {
+                *verified = Verified::NotYet;
+                self.filling.store(false, Ordering::Release);
+            }
+            was
+        });
+    }
+
+    /// Closes the entry for all who hold the blob, so that a file without a name takes no room; whether it was open.
+    pub(super) fn let_go(&self, entry: &Arc<Entry>, failed: Option<Instant>) -> bool {
+        let mut slot = lock(&self.slot);
+        let gone = slot.entry.take_if(|now| Arc::ptr_eq(now, entry));
+        if gone.is_some() {
+            slot.failed = failed;
+        }
+        drop(slot);
+        gone.is_some()
     }
 
     /// An error once the content is known to be wrong.
@@ -355,11 +400,16 @@ impl LazyBlob {
                 if let Err(error) = entry.refresh(range) {
                     tracing::debug!(digest = %self.digest, error = %Chain(&error), "cannot look at the chunk map");
                 }
+                if entry.is_discarded() {
+                    // Another process found it wrong. Whoever holds the blob next begins it anew.
+                    self.let_go(&entry, None);
+                }
                 entry.missing(range)
             }
-            None => vec![range.align(UNCACHED_CHUNK, self.size)],
+            None => vec![range.align(Cache::chunk(self.size), self.size)],
         };
-        lock(&self.state).overlay.missing(gaps)
+        let gaps = lock(&self.state).overlay.missing(gaps);
+        plan::aligned(gaps, Cache::chunk(self.size), self.size)
     }
 
     /// Has `range` fetched, and returns when all of it is here.

@@ -24,6 +24,23 @@ pub(super) fn requests(gaps: &[ByteRange], flying: &[ByteRange]) -> Vec<ByteRang
     wanted
 }
 
+/// `gaps`, in order, grown to whole units of a blob of `size` bytes; what touches is one.
+///
+/// Memory holds pieces of any length, but a chunk of the cache becomes present only when all of it is written in one go.
+pub(super) fn aligned(gaps: Vec<ByteRange>, unit: u64, size: u64) -> Vec<ByteRange> {
+    let mut all: Vec<ByteRange> = Vec::with_capacity(gaps.len());
+    for gap in gaps {
+        let gap = gap.align(unit, size);
+        match all.last_mut() {
+            Some(last) if gap.start() <= last.end() => {
+                *last = ByteRange::new(last.start(), last.end().max(gap.end()));
+            }
+            _ => all.push(gap),
+        }
+    }
+    all
+}
+
 /// What is left of `range` without `hole`.
 fn without(range: ByteRange, hole: ByteRange) -> impl Iterator<Item = ByteRange> {
     let (before, after) = if range.overlaps(hole) {
@@ -55,6 +72,20 @@ pub(super) fn parts(range: ByteRange) -> impl Iterator<Item = ByteRange> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn gaps_are_grown_to_whole_units_and_joined() {
+        let range = ByteRange::new;
+        assert_eq!(
+            aligned(
+                vec![range(5, 10), range(10, 12), range(17, 20), range(95, 99)],
+                8,
+                99
+            ),
+            [range(0, 24), range(88, 99)]
+        );
+        assert_eq!(aligned(vec![], 8, 99), []);
+    }
 
     fn range(start: u64, end: u64) -> ByteRange {
         ByteRange::new(start, end)

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -598,4 +599,78 @@ async fn an_empty_blob_needs_no_request() {
         Err(BlobError::Corrupt { .. })
     ));
     assert_eq!(server.requests(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_that_was_whole_when_its_daemon_died_is_decided_when_it_is_opened() {
+    let bytes = content(3 * MIB + 5);
+    let digest = Digest::of(&bytes);
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let whole = ByteRange::new(0, bytes.len() as u64);
+    let entry = Arc::new(blobs.cache().entry(&digest, whole.end()).unwrap());
+    entry.writer(whole).unwrap().push(&bytes).unwrap();
+    drop(entry);
+    let mut events = blobs.events();
+    let nowhere = Repository::new("127.0.0.1:1", "org/model").unwrap();
+    let blob = blobs.open(digest, whole.end(), &nowhere);
+    let _hold = blob.hold();
+    let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await;
+    assert_eq!(event.unwrap().unwrap(), Event::Sealed(digest));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_file_that_cannot_be_read_is_done_without() {
+    let bytes = content(3 * MIB + 5);
+    let digest = Digest::of(&bytes);
+    let whole = ByteRange::new(0, bytes.len() as u64);
+    for strict in [false, true] {
+        let server = Server::start(bytes.clone(), Manner::Right).await;
+        let dir = tempfile::tempdir().unwrap();
+        let config = BlobConfig {
+            strict,
+            read_timeout: Duration::from_secs(3),
+            ..lazily()
+        };
+        let blobs = blobs(dir.path(), BIG, config);
+        let blob = blobs.open(digest, whole.end(), &server.repository());
+        let hold = blob.hold();
+        assert_eq!(blob.read(whole).await.unwrap(), bytes);
+        blob.complete().await.unwrap();
+        // As a disk that gives up: every read of the file fails.
+        let path = dir.path().join("blobs/sha256").join(digest.hex());
+        std::fs::File::options()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .set_len(0)
+            .unwrap();
+        let begun = std::time::Instant::now();
+        let read = tokio::time::timeout(Duration::from_secs(20), blob.read(whole)).await;
+        match read.unwrap() {
+            Ok(read) => assert!(!strict && read == bytes),
+            Err(error) => assert!(strict, "{error}"),
+        }
+        assert!(begun.elapsed() < Duration::from_secs(2));
+        drop(hold);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_memory_dropped_is_fetched_again_in_whole_chunks() {
+    let bytes = content(2 * MIB);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    // What is left when a full cache had sent bytes through memory, and has room again.
+    lock(&blob.state)
+        .overlay
+        .push(10_000, Bytes::copy_from_slice(&bytes[10_000..50_000]));
+    let range = ByteRange::new(0, 100_000);
+    let read = tokio::time::timeout(Duration::from_secs(5), blob.read(range)).await;
+    assert_eq!(read.unwrap().unwrap(), bytes[..100_000]);
+    assert!(server.requests().len() <= 2, "{:?}", server.requests());
+    drop(hold);
 }

@@ -104,7 +104,7 @@ impl LazyBlob {
                 Ok(Some(bytes)) => hashed.hasher.update(&bytes),
                 Ok(None) => return,
                 Err(error) => {
-                    tracing::warn!(digest = %self.digest, error = %Chain(&error), "cannot read what is to be verified");
+                    self.distrust(&entry, &error);
                     return;
                 }
             }
@@ -131,6 +131,7 @@ impl LazyBlob {
             tracing::error!(digest = %self.digest, %actual, "the registry's content is wrong; nothing of it is kept");
             if let Some(entry) = hold.entry() {
                 entry.discard();
+                self.let_go(&entry, None);
             }
             let _ = self.shared.events.send(Event::Corrupt(self.digest));
         }

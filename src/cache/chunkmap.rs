@@ -62,7 +62,7 @@ pub(super) struct ChunkMap {
 }
 
 /// The chunk size for a blob of `size` bytes.
-fn chunk_size(size: u64) -> u32 {
+pub(super) fn chunk_size(size: u64) -> u32 {
     let mut chunk = SMALLEST_CHUNK;
     while size.div_ceil(u64::from(chunk)) > MOST_CHUNKS && chunk < 1 << 30 {
         chunk *= 2;

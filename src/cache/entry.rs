@@ -87,7 +87,7 @@ impl Entry {
         }
         if metadata.len() != size {
             let reason = format!(
-                "it has {} bytes, its descriptor says {size}",
+                "it has {} bytes, its descriptor says {size}; if it is damaged, `ocifs cache verify` removes it",
                 metadata.len()
             );
             return Err(CacheError::Unusable { path, reason });
@@ -436,6 +436,15 @@ impl Writer {
     /// The offset that the next byte goes to.
     pub fn position(&self) -> u64 {
         self.at
+    }
+
+    /// Up to where what was written is present: whole chunks.
+    pub fn ready(&self) -> u64 {
+        if self.at == self.entry.size {
+            self.at
+        } else {
+            self.at / self.entry.chunk() * self.entry.chunk()
+        }
     }
 
     /// Writes the next bytes.

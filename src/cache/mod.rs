@@ -154,6 +154,11 @@ impl Cache {
         rustix::fs::statfs(self.dir()).is_ok_and(|stat| stat.f_type as u64 == OVERLAYFS)
     }
 
+    /// The unit, in bytes, in which a blob of `size` bytes becomes present.
+    pub fn chunk(size: u64) -> u64 {
+        u64::from(chunkmap::chunk_size(size))
+    }
+
     /// Opens a blob of `size` bytes, making an empty partial one where there is none. While the entry lives, nobody evicts it.
     pub fn entry(&self, digest: &Digest, size: u64) -> Result<Entry, CacheError> {
         Entry::open(self, digest, size)
