@@ -232,7 +232,13 @@ impl Models {
             .find(|file| file.path == "manifest.json")
             .map(|file| file.content.clone());
         let cache = self.shared.blobs.cache().clone();
+        // Nothing was ever fetched of an empty blob, but who copies the artifact from the layout wants its file.
+        let empty = Digest::of(b"");
+        let has_empty = model.blobs.iter().any(|blob| blob.digest() == empty);
         let publish = move || {
+            if has_empty {
+                cache.put(&empty, b"");
+            }
             if cache.get(&digest, LARGEST_MANIFEST).is_none() {
                 match manifest {
                     Some(Content::Inline(bytes)) => cache.put(&digest, &bytes),

@@ -246,6 +246,32 @@ async fn a_model_is_resolved_and_built_once_and_moves_headers_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_empty_file_is_in_the_layout_of_a_published_model() {
+    let (content, repository) = registry().await;
+    let layers = [
+        content.layer(SHARD, safetensors_file(&[("a", 64)])),
+        content.layer(SHARD, Vec::new()),
+    ];
+    let digest = content.push("v1", &layers);
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    let v1 = reference(&repository, "v1");
+    models.resolve(&v1).await.unwrap();
+    let model = models.inspect(&repository, &digest).await.unwrap();
+    for blob in &model.blobs {
+        blob.complete().await.unwrap();
+    }
+    assert!(models.publish_if_complete(&v1, &model).await);
+    for layer in &model.manifest.layers {
+        let path = dir
+            .path()
+            .join("blobs/sha256")
+            .join(&layer.digest.to_string()[7..]);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), layer.size);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_complete_model_is_published_and_needs_no_registry() {
     let (content, repository) = registry().await;
     let (digest, shards) = push_shards(&content, "v1");
