@@ -5,9 +5,9 @@ use std::future::Future;
 use reqwest::header::{HeaderValue, WWW_AUTHENTICATE};
 use reqwest::{Method, Url};
 
-use super::auth::{Action, Auth, Known, Place};
+use super::auth::{Action, Auth, GrantForm, Known, Place};
 use super::challenge::{self, Challenge};
-use super::error::chain;
+use super::error::{bounded, chain};
 use super::range::KeptUrls;
 use super::retry::{self, Decision};
 use super::transport::{Answer, Ask, Transport, drain};
@@ -123,7 +123,23 @@ impl Client {
             .auth
             .renew(&self.transport, place, challenge, &known)
             .await?;
-        self.send(call, url, &known).await
+        let answer = self.send(call, url, &known).await?;
+        // That a login is wrong is the one thing that a second 401 tells for certain; a token may lack a right.
+        if answer.response.status() == 401
+            && !answer.foreign
+            && let Some(GrantForm::Basic(user, _)) = known.grant.as_ref().map(|grant| &grant.form)
+        {
+            let (host, user) = (call.repository.host(), bounded(user, 60));
+            return Err(RegistryError::Denied {
+                what: call.what.clone(),
+                status: 401,
+                reason: format!(
+                    "{host} does not accept the password that the credential file has for `{user}`; log in again with \
+                     `docker login {host}` or `podman login {host}`"
+                ),
+            });
+        }
+        Ok(answer)
     }
 
     async fn send(

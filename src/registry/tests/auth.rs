@@ -256,6 +256,15 @@ async fn refusals_are_final_and_say_what_to_try() {
         .unwrap_err();
     assert!(error.to_string().contains("no credential file"), "{error}");
     assert_eq!(basic.seen().len(), 1);
+
+    let (wrong, _dir) = registry_with(&format!(r#""{}":{{"auth":"YTpi"}}"#, basic.address));
+    let error = wrong.resolve(&basic.reference("v1"), soon()).await;
+    let said = error.unwrap_err().to_string();
+    assert!(
+        said.contains("does not accept the password") && said.contains("`a`"),
+        "{said}"
+    );
+    assert!(!said.contains("may not exist"), "{said}");
 }
 
 #[tokio::test]
