@@ -26,6 +26,11 @@ const YIELD: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// How far a stream whose bytes only pass through memory runs ahead of its readers.
+const AHEAD: u64 = 8 << 20;
+/// Such a stream is given up when its readers pause for so long.
+const IDLE: Duration = Duration::from_secs(5);
+
 /// Where the bytes of a request go.
 #[derive(Debug)]
 enum Sink {
@@ -71,7 +76,7 @@ impl LazyBlob {
             flight.advance(gap.start());
             match self.bring(flight, hold, gap, None, keep).await? {
                 Brought::All => {}
-                Brought::Whole(body) => return self.switch_to_stream(body),
+                Brought::Whole(body) => return self.switch_to_stream(body, flight.range.start()),
             }
         }
         flight.advance(flight.range.end());
@@ -151,15 +156,19 @@ impl LazyBlob {
                 Ok(BlobBody::Whole(body)) if !flight.whole => return Ok(Brought::Whole(body)),
                 Ok(BlobBody::Whole(body)) => {
                     let skip = sink.position();
-                    self.pour(flight, hold, body, &mut sink, skip).await
+                    self.pour(flight, body, &mut sink, skip).await
                 }
-                Ok(BlobBody::Range(body)) => self.pour(flight, hold, body, &mut sink, 0).await,
+                Ok(BlobBody::Range(body)) => self.pour(flight, body, &mut sink, 0).await,
                 // It has tried until the deadline, or there is no point in trying.
                 Err(error) => return Err(self.fetch_error(rest, error)),
             };
             if sink.position() > before {
                 pause = FIRST_PAUSE;
                 deadline = Deadline::after(self.shared.config.read_timeout);
+            }
+            if matches!(failure, Ok(Poured::Idle)) {
+                tracing::debug!(digest = %self.digest, at = sink.position(), "nobody reads on; ending the stream");
+                return Ok(Brought::All);
             }
             if let Err(error) = failure {
                 if !error.is_transient() || deadline.passed() {
@@ -203,12 +212,21 @@ impl LazyBlob {
     async fn pour(
         &self,
         flight: &Flight,
-        hold: &Hold,
         mut body: BodyStream,
         sink: &mut Sink,
         mut skip: u64,
-    ) -> Result<(), RegistryError> {
-        while let Some(mut bytes) = body.next().await? {
+    ) -> Result<Poured, RegistryError> {
+        loop {
+            if flight.whole && matches!(sink, Sink::Memory { .. }) {
+                flight.pass();
+                let wanted = flight.wanted(sink.position(), AHEAD);
+                if timeout(IDLE, wanted).await.is_err() {
+                    return Ok(Poured::Idle);
+                }
+            }
+            let Some(mut bytes) = body.next().await? else {
+                break;
+            };
             self.received
                 .fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if skip > 0 {
@@ -216,15 +234,28 @@ impl LazyBlob {
                 skip -= cut;
                 bytes = bytes.split_off(usize::try_from(cut).unwrap_or(usize::MAX));
             }
-            self.keep(hold, sink, bytes);
+            self.keep(flight, sink, bytes);
             flight.advance(sink.ready());
         }
         flight.advance(sink.position());
-        Ok(())
+        Ok(Poured::All)
+    }
+
+    /// Keeps bytes in memory, those that readers of a passing stream have asked for.
+    fn remember(&self, flight: &Flight, start: u64, mut bytes: Bytes) {
+        if flight.whole && start < flight.from {
+            let before = usize::try_from(flight.from - start).unwrap_or(usize::MAX);
+            bytes = bytes.split_off(before.min(bytes.len()));
+        }
+        let start = start.max(flight.from);
+        if !bytes.is_empty() {
+            let source = if flight.whole { flight.from } else { u64::MAX };
+            lock(&self.state).overlay.push(source, start, bytes);
+        }
     }
 
     /// Hands bytes to the cache, or to memory once the cache fails.
-    fn keep(&self, hold: &Hold, sink: &mut Sink, bytes: Bytes) {
+    fn keep(&self, flight: &Flight, sink: &mut Sink, bytes: Bytes) {
         if bytes.is_empty() {
             return;
         }
@@ -232,7 +263,7 @@ impl LazyBlob {
             Sink::Memory { at } => {
                 let start = *at;
                 *at += bytes.len() as u64;
-                lock(&self.state).overlay.push(start, bytes);
+                self.remember(flight, start, bytes);
             }
             Sink::Cache(writer) => {
                 let start = writer.position();
@@ -241,14 +272,9 @@ impl LazyBlob {
                     return;
                 };
                 tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
-                // Bytes of the chunk that was begun are on the way out of memory already. They are read again
-                // because the chunk is not marked.
-                let chunk = hold.entry().map_or(1, |entry| entry.chunk());
-                if start % chunk != 0 {
-                    tracing::debug!(digest = %self.digest, start, "a chunk was cut in two");
-                }
+                // The part of the chunk that came before is not marked, so its readers ask for it again.
                 let at = start + bytes.len() as u64;
-                lock(&self.state).overlay.push(start, bytes);
+                self.remember(flight, start, bytes);
                 *sink = Sink::Memory { at };
             }
         }
@@ -301,14 +327,14 @@ impl LazyBlob {
 
     /// The server ignores ranges: one stream now serves everybody. The readers of the flight that found out look again
     /// and join it.
-    fn switch_to_stream(self: &Arc<Self>, body: BodyStream) -> Result<(), BlobError> {
+    fn switch_to_stream(self: &Arc<Self>, body: BodyStream, from: u64) -> Result<(), BlobError> {
         let mut state = lock(&self.state);
         state.no_ranges = true;
         if state.flights.iter().any(|flight| flight.whole) {
             return Ok(()); // and this body is dropped, its connection with it
         }
         tracing::info!(digest = %self.digest, "the registry ignores ranges; reading the blob as one stream");
-        let flight = Flight::new(ByteRange::new(0, self.size), Urgency::Demand, true);
+        let flight = Flight::whole(self.size, Urgency::Demand, from);
         state.flights.push(Arc::clone(&flight));
         drop(state);
         let landing = Landing {
@@ -348,6 +374,13 @@ enum Claimed {
     Others,
     /// Another process has brought everything.
     Done,
+}
+
+enum Poured {
+    /// The body to its end.
+    All,
+    /// Nobody wanted more of it.
+    Idle,
 }
 
 enum Brought {

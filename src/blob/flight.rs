@@ -36,16 +36,34 @@ pub(super) struct Flight {
     /// The server ignores ranges: this is the one stream that brings the whole blob.
     pub(super) whole: bool,
     progress: watch::Sender<Progress>,
+    /// Where the reader for whom a whole stream was begun wants to begin.
+    pub(super) from: u64,
+    /// Up to where readers of a whole stream have asked for it.
+    front: watch::Sender<u64>,
+    /// The bytes of a whole stream go to memory, which keeps few of them.
+    passing: AtomicBool,
     boosted: AtomicBool,
     boost: Notify,
 }
 
 impl Flight {
-    pub(super) fn new(range: ByteRange, urgency: Urgency, whole: bool) -> Arc<Self> {
+    pub(super) fn new(range: ByteRange, urgency: Urgency) -> Arc<Self> {
+        Self::make(range, urgency, false, range.start())
+    }
+
+    /// The stream that brings all `size` bytes of a blob, begun for a reader at `from`.
+    pub(super) fn whole(size: u64, urgency: Urgency, from: u64) -> Arc<Self> {
+        Self::make(ByteRange::new(0, size), urgency, true, from)
+    }
+
+    fn make(range: ByteRange, urgency: Urgency, whole: bool, from: u64) -> Arc<Self> {
         Arc::new(Self {
             range,
             urgency,
             whole,
+            from,
+            front: watch::Sender::new(from),
+            passing: AtomicBool::new(false),
             progress: watch::Sender::new(Progress {
                 at: range.start(),
                 ended: None,
@@ -81,6 +99,35 @@ impl Flight {
         self.progress.send_modify(|progress| {
             progress.ended.get_or_insert(result);
         });
+    }
+
+    /// A reader of the whole stream wants the bytes before `end`.
+    pub(super) fn want(&self, end: u64) {
+        self.front.send_if_modified(|front| {
+            let moved = end > *front;
+            *front = end.max(*front);
+            moved
+        });
+    }
+
+    /// Returns once the readers have come so far that the byte at `at` is at most `ahead` in front of them.
+    pub(super) async fn wanted(&self, at: u64, ahead: u64) {
+        let mut front = self.front.subscribe();
+        // The sender lives as long as `self`.
+        let _ = front
+            .wait_for(|front| at < front.saturating_add(ahead))
+            .await;
+    }
+
+    /// From here on its bytes go to memory.
+    pub(super) fn pass(&self) {
+        self.passing.store(true, Ordering::Release);
+    }
+
+    /// Whether the byte at `at` will come, or is kept.
+    pub(super) fn brings(&self, at: u64) -> bool {
+        !self.passing.load(Ordering::Acquire)
+            || (self.from <= at && self.progress.borrow().at <= at)
     }
 
     /// A view of its progress from now on.

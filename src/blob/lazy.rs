@@ -25,6 +25,8 @@ const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
 const PREFETCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// Completing a blob is given up when this many rounds found every byte and could not decide on them.
 const ROUNDS: u32 = 3;
+/// Whole streams of one blob at a time, where the server ignores ranges and the cache has no room: a reader each.
+const STREAMS: usize = 3;
 /// A request that somebody else began may fail for his reasons; a reader that joined it tries this often himself.
 const OWN_TRIES: u32 = 2;
 
@@ -442,6 +444,9 @@ impl LazyBlob {
                 return Err(late());
             }
             let flight = self.launch(&gaps, urgency);
+            if urgency == Urgency::Demand {
+                flight.want(gap.end());
+            }
             let mut progress = flight.watch();
             let _waiting = (urgency == Urgency::Demand).then(|| {
                 flight.boost();
@@ -491,26 +496,28 @@ impl LazyBlob {
     fn launch(self: &Arc<Self>, gaps: &[ByteRange], urgency: Urgency) -> Arc<Flight> {
         let mut state = lock(&self.state);
         let mut begun = Vec::new();
-        let requests = if state.no_ranges {
-            match state.flights.iter().find(|flight| flight.whole) {
-                Some(flight) => return Arc::clone(flight),
-                None => vec![(ByteRange::new(0, self.size), true)],
+        let first = gaps[0].start();
+        if state.no_ranges {
+            let streams = || state.flights.iter().filter(|flight| flight.whole);
+            let under_way = match streams().find(|flight| flight.brings(first)) {
+                None if streams().count() >= STREAMS => streams().next(), // it ends when its readers pause
+                found => found,
+            };
+            if let Some(stream) = under_way {
+                return Arc::clone(stream);
             }
+            begun.push(Flight::whole(self.size, urgency, first));
         } else {
             let flying: Vec<_> = state.flights.iter().map(|flight| flight.range).collect();
-            plan::requests(gaps, &flying)
-                .into_iter()
-                .map(|range| (range, false))
-                .collect()
-        };
-        for (range, whole) in requests {
-            let flight = Flight::new(range, urgency, whole);
-            state.flights.push(Arc::clone(&flight));
-            begun.push(flight);
+            let requests = plan::requests(gaps, &flying).into_iter();
+            begun.extend(requests.map(|range| Flight::new(range, urgency)));
         }
-        let first = gaps[0].start();
+        state.flights.extend(begun.iter().cloned());
         let covers = |flight: &&Arc<Flight>| flight.range.contains(ByteRange::at(first, 1));
-        let bringer = state.flights.iter().find(covers).map(Arc::clone);
+        let new = begun.iter().find(covers);
+        let bringer = new
+            .or_else(|| state.flights.iter().find(covers))
+            .map(Arc::clone);
         drop(state);
         for flight in begun {
             self.fly(flight);

@@ -667,10 +667,43 @@ async fn what_memory_dropped_is_fetched_again_in_whole_chunks() {
     // What is left when a full cache had sent bytes through memory, and has room again.
     lock(&blob.state)
         .overlay
-        .push(10_000, Bytes::copy_from_slice(&bytes[10_000..50_000]));
+        .push(0, 10_000, Bytes::copy_from_slice(&bytes[10_000..50_000]));
     let range = ByteRange::new(0, 100_000);
     let read = tokio::time::timeout(Duration::from_secs(5), blob.read(range)).await;
     assert_eq!(read.unwrap().unwrap(), bytes[..100_000]);
     assert!(server.requests().len() <= 2, "{:?}", server.requests());
+    drop(hold);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_stream_for_each_reader_is_enough_where_neither_ranges_nor_room_are_to_be_had() {
+    let bytes = Arc::new(content(96 * MIB));
+    let server = Server::start(bytes.to_vec(), Manner::NoRange).await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = BlobConfig {
+        prefetch: Prefetch::Model,
+        ..lazily()
+    };
+    let blobs = blobs(dir.path(), 4 * MIB as u64, config);
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    // Two readers far from each other, both slower than the server.
+    let read = |from: usize, to: usize| {
+        let (blob, bytes) = (Arc::clone(&blob), Arc::clone(&bytes));
+        tokio::spawn(async move {
+            for at in (from..to).step_by(512 << 10) {
+                let range = ByteRange::at(at as u64, 512 << 10);
+                assert_eq!(blob.read(range).await.unwrap(), bytes[at..at + (512 << 10)]);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+    };
+    let (front, back) = (read(0, 96 * MIB), read(60 * MIB, 90 * MIB));
+    tokio::time::timeout(Duration::from_secs(60), async { (front.await, back.await) })
+        .await
+        .map(|(front, back)| (front.unwrap(), back.unwrap()))
+        .unwrap();
+    // A stream each, and the ones that found out.
+    assert!(server.sent() < 5 * bytes.len(), "{}", server.sent() / MIB);
     drop(hold);
 }
