@@ -48,6 +48,16 @@ pub(super) fn runtime() -> Result<Runtime> {
         .context("cannot start threads")
 }
 
+/// Does a command's work on a runtime that is not taken down after it: the process ends then. Taking it down waits for
+/// downloads that nobody wants any more, and fails those that are writing at that moment. What they wrote is kept, as it
+/// is when the process is killed.
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(work);
+    std::mem::forget(runtime);
+    result
+}
+
 /// The settings that hold for a command.
 pub(super) fn settings(global: &Global, typed: Values) -> Result<Settings> {
     Ok(Settings::resolve(

@@ -20,7 +20,7 @@ const LARGEST_CONFIG: u64 = 1 << 20;
 pub(super) fn run(global: &Global, args: &Inspect) -> Result<Exit> {
     let reference: Reference = args.reference.parse()?;
     let settings = context::looking(global, args.reading.values())?;
-    context::runtime()?.block_on(unless_interrupted(async {
+    context::block_on(unless_interrupted(async {
         let (models, _) = context::models(&settings)?;
         let model = context::look_up(&models, &reference).await?;
         if let Some(path) = &args.file {

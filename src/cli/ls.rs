@@ -16,7 +16,7 @@ use crate::registry::Reference;
 pub(super) fn run(global: &Global, args: &Ls) -> Result<Exit> {
     let reference: Reference = args.reference.parse()?;
     let settings = context::looking(global, args.reading.values())?;
-    context::runtime()?.block_on(unless_interrupted(async {
+    context::block_on(unless_interrupted(async {
         let (models, _) = context::models(&settings)?;
         let digest = models.resolve(&reference).await?;
         let model = models.open(reference.repository(), &digest).await?;

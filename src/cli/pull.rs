@@ -28,7 +28,7 @@ pub(super) fn run(global: &Global, args: &Pull) -> Result<Exit> {
         .collect::<Result<_, _>>()?;
     // Blobs are completed one by one below: nothing has to be guessed.
     let settings = context::looking(global, args.reading.values())?;
-    context::runtime()?.block_on(async {
+    context::block_on(async {
         let (models, blobs) = context::models(&settings)?;
         let progress = Progress::new();
         let mut summaries = Vec::new();

@@ -206,3 +206,37 @@ fn a_remounted_cache_answers_without_the_registry() {
     site.proxy.settle();
     assert_eq!(site.proxy.count("/blobs/"), 0, "{:?}", site.proxy.records());
 }
+
+#[test]
+fn an_interrupted_pull_says_so_in_one_line_and_the_next_goes_on() {
+    let site = site(47);
+    let cache = site.cache.path().to_str().unwrap();
+    let arguments = ["pull", "--cache-dir", cache, &site.reference()];
+    for round in 0..8_u64 {
+        // Each time at another point of the download, in the middle of requests and of writes.
+        let mut child = ocifs(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("ocifs starts");
+        std::thread::sleep(Duration::from_millis(60 + 40 * round));
+        let pid = rustix::process::Pid::from_child(&child);
+        // It may be done already.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+        let status = wait(&mut child, PATIENCE).expect("a pull ends when it is told to");
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said).unwrap();
+        assert!(!said.contains("panicked"), "round {round}: {said}");
+        if status.success() {
+            break;
+        }
+        // Before the handlers are in place a signal ends it as it ends any program.
+        assert!(
+            matches!(status.code(), Some(130) | None),
+            "{status}: {said}"
+        );
+    }
+    let whole = ["pull", "--cache-dir", cache, &site.reference()];
+    run_ocifs(whole).ok();
+    assert_eq!(digest_file(&site.sealed()), site.digest());
+}
