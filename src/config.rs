@@ -98,6 +98,7 @@ pub const SETTINGS: &[Setting] = &[
         "passthrough",
         "let the kernel read sealed blobs without the daemon, where it can",
     ),
+    switch("nonempty", "mount on a directory that holds something"),
     switch("offline", "never ask a registry for anything"),
     switch("allow-other", "let other users read the mount"),
     many("plain-http", "further hosts to speak plain HTTP with"),
@@ -278,6 +279,8 @@ pub struct Settings {
     pub cache_dir: PathBuf,
     /// Whether the kernel may read sealed blobs without the daemon.
     pub passthrough: bool,
+    /// Whether to mount on a directory that holds something.
+    pub nonempty: bool,
     /// Where control sockets of mounts are, absolute.
     pub runtime_dir: PathBuf,
     /// The cache's limit in bytes; `None`: measure the file system when the cache is opened.
@@ -445,6 +448,7 @@ impl Settings {
         Ok(Self {
             cache_dir,
             passthrough: values.read("passthrough", yes_or_no)?.unwrap_or(true),
+            nonempty: values.read("nonempty", yes_or_no)?.unwrap_or(false),
             runtime_dir,
             cache_size: values.read("cache-size", cache_size)?,
             allow_other: values.read("allow-other", yes_or_no)?.unwrap_or(false),

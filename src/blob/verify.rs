@@ -80,12 +80,7 @@ impl LazyBlob {
         if *self.verified.borrow() != Verified::NotYet {
             return;
         }
-        let Some(entry) = hold.entry() else {
-            if self.size == 0 {
-                self.decide(hold, std::mem::take(&mut hashed.hasher));
-            }
-            return;
-        };
+        let Some(entry) = hold.entry() else { return };
         if entry.is_sealed() {
             self.verified.send_replace(Verified::Yes);
             return;

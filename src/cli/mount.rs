@@ -147,6 +147,7 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
     let (tree, events) = Tree::new(Arc::new(models.clone()), tree_config(settings, &blobs));
     let options = MountOptions {
         allow_other: settings.allow_other,
+        cover: settings.nonempty,
         stack_depth: if blobs.cache().is_on_overlay() { 2 } else { 1 },
         ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
     };
@@ -159,8 +160,9 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
     tracing::info!(path = %mount.info().path.display(), cache = %settings.cache_dir.display(), "mounted");
     runtime.block_on(mount.run(mount::terminated()))?;
     tracing::info!("unmounted");
-    // Downloads under way are given up; what they wrote is kept.
-    runtime.shutdown_timeout(Duration::from_secs(1));
+    // The process ends now, and downloads under way with it, as a kill would end them; what they wrote is kept. To shut the
+    // runtime down below their feet instead would make them panic.
+    std::mem::forget(runtime);
     Ok(())
 }
 

@@ -83,8 +83,9 @@ fn state(path: &Path) -> State {
     }
 }
 
-/// Makes sure that `path` can be mounted on; its full form. Dead mounts of ours are cleared away.
-pub(super) fn prepare(path: &Path) -> Result<PathBuf, MountError> {
+/// Makes sure that `path` can be mounted on; its full form. Dead mounts of ours are cleared away. What a directory holds is
+/// hidden by a mount, so one that holds something is refused unless `cover` says that it may be.
+pub(super) fn prepare(path: &Path, cover: bool) -> Result<PathBuf, MountError> {
     let refuse = |reason: String| MountError::Point {
         path: path.to_owned(),
         reason,
@@ -95,8 +96,13 @@ pub(super) fn prepare(path: &Path) -> Result<PathBuf, MountError> {
         match state(&full) {
             State::Directory if ours => return Err(MountError::AlreadyMounted { path: full }),
             State::Directory => {
-                if fs::read_dir(&full).is_ok_and(|mut entries| entries.next().is_some()) {
-                    tracing::warn!(path = %full.display(), "the directory is not empty; what is in it is hidden while ocifs is mounted");
+                let something = |entry: io::Result<fs::DirEntry>| {
+                    entry.is_ok_and(|entry| entry.file_name() != "lost+found")
+                };
+                if !cover
+                    && fs::read_dir(&full).is_ok_and(|entries| entries.into_iter().any(something))
+                {
+                    return Err(refuse("it is not empty, and a mount would hide what it holds (-o nonempty mounts all the same)".into()));
                 }
                 return Ok(full);
             }
@@ -142,7 +148,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         fs::write(&file, "").unwrap();
-        let reason = |path: &Path| prepare(path).unwrap_err().to_string();
+        let reason = |path: &Path| prepare(path, false).unwrap_err().to_string();
         assert!(
             reason(&file).contains("not a directory"),
             "{}",
@@ -152,10 +158,11 @@ mod tests {
         assert!(missing.contains("mkdir"), "{missing}");
         let missing = reason(&directory.path().join("missing/deeper"));
         assert!(missing.contains("mkdir"), "{missing}");
-        assert!(
-            prepare(directory.path()).is_ok(),
-            "not empty is allowed, as mount(8) does"
-        );
+        assert!(reason(directory.path()).contains("not empty"));
+        assert!(prepare(directory.path(), true).is_ok());
+        fs::remove_file(&file).unwrap();
+        fs::create_dir(directory.path().join("lost+found")).unwrap();
+        assert!(prepare(directory.path(), false).is_ok());
         assert!(matches!(
             find(directory.path()),
             Err(MountError::NotMounted { .. })

@@ -30,6 +30,8 @@ pub struct MountOptions {
     pub allow_other: bool,
     /// Threads that take requests from the kernel; at least two, so that one slow copy does not keep others waiting.
     pub threads: usize,
+    /// Whether the directory may hold something, which the mount then hides.
+    pub cover: bool,
     /// How deep file systems are stacked where the cache lies, ours counted: 1, or 2 over overlayfs. The kernel reads
     /// sealed blobs itself only where it was told enough, and nothing can be stacked on ours beyond 2.
     pub stack_depth: u32,
@@ -44,6 +46,7 @@ impl MountOptions {
             path: path.into(),
             allow_other: false,
             threads: 4,
+            cover: false,
             stack_depth: 1,
             runtime_dir: runtime_dir.into(),
         }
@@ -69,7 +72,7 @@ impl Mount {
         runtime: Handle,
     ) -> Result<Self, MountError> {
         let _entered = runtime.enter();
-        let path = point::prepare(&options.path)?;
+        let path = point::prepare(&options.path, options.cover)?;
         let filesystem = Ocifs {
             tree,
             runtime: runtime.clone(),
