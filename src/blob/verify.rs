@@ -3,9 +3,12 @@
 //! SHA-256 is sequential: the prefix of the blob that is here without a gap is hashed as it grows, on a thread that serves no
 //! reader. When it reaches the end, the blob is sealed or thrown away.
 
-use std::sync::Arc;
-use std::sync::Mutex;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use tokio::sync::oneshot;
 
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::{Event, Verified};
@@ -13,6 +16,24 @@ use crate::base::{ByteRange, Hasher, lock};
 
 /// Bytes hashed at a time.
 const STEP: u64 = 1 << 20;
+
+/// The nice value of hashing threads: a tenth of the weight of those that serve readers (sched(7)).
+const NICE: i32 = 10;
+
+/// Runs `job` on a thread of its own that gives way to readers where processors are few.
+///
+/// Not on the runtime's threads: only root could make one of these as important again as it was.
+fn behind_readers(job: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let job = move || {
+        // "Process" 0 is the calling thread on Linux (setpriority(2), "C library/kernel differences").
+        let _ = rustix::process::setpriority_process(None, NICE);
+        job();
+    };
+    thread::Builder::new()
+        .name("ocifs-hash".into())
+        .spawn(job)
+        .map(drop)
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Hashing {
@@ -43,14 +64,18 @@ impl LazyBlob {
             return;
         }
         let blob = Arc::clone(self);
-        self.shared.runtime.spawn_blocking(move || {
+        let job = move || {
             blob.hash(&hold);
             blob.hashing.busy.store(false, Ordering::Release);
             // What came in between the last look and now has found this thread busy.
             if blob.can_go_on(&hold) {
                 blob.hash_soon();
             }
-        });
+        };
+        if behind_readers(job).is_err() {
+            // No thread was to be had; the next part that arrives tries again.
+            self.hashing.busy.store(false, Ordering::Release);
+        }
     }
 
     fn can_go_on(&self, hold: &Hold) -> bool {
@@ -66,12 +91,14 @@ impl LazyBlob {
     pub(super) async fn hash_what_came(self: &Arc<Self>, hold: &Hold) -> bool {
         let blob = Arc::clone(self);
         let hold = hold.clone();
-        let hashed = self
-            .shared
-            .runtime
-            .spawn_blocking(move || blob.hash(&hold))
-            .await;
-        hashed.is_ok() && *self.verified.borrow() != Verified::NotYet
+        let (done, hashed) = oneshot::channel();
+        let job = move || {
+            blob.hash(&hold);
+            let _ = done.send(());
+        };
+        behind_readers(job).is_ok()
+            && hashed.await.is_ok()
+            && *self.verified.borrow() != Verified::NotYet
     }
 
     /// Goes on from where the last call stopped until a gap or the end. One thread at a time.
