@@ -78,11 +78,12 @@ impl Layout {
             }
             Err(error) => return Err(CacheError::io("read", &layout.version())(error)),
         }
+        // `ocifs` first: whoever else opens the directory at this moment sees by it that the rest is ours.
         for sub in [
             dir.to_owned(),
-            layout.sealed_dir(),
             layout.partial_dir(),
             layout.tags_dir(),
+            layout.sealed_dir(),
         ] {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -220,6 +221,22 @@ mod tests {
             Err(CacheError::Unusable { .. })
         ));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn several_may_make_the_directory_at_once() {
+        for _ in 0..100 {
+            let dir = tempfile::tempdir().unwrap();
+            let start = std::sync::Barrier::new(4);
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        start.wait();
+                        Layout::open(dir.path()).unwrap();
+                    });
+                }
+            });
+        }
     }
 
     #[test]
