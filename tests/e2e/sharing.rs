@@ -187,6 +187,10 @@ fn kills_at_any_moment_leave_a_cache_that_serves_right_bytes() {
     site.proxy.behave();
     let mount = Mount::start::<&str>(site.cache.path(), []);
     assert_eq!(site.digest_through(&mount), site.digest());
+    // Hashing gives way to readers, and ends with the mount.
+    eventually(PATIENCE, "the blob is sealed", || {
+        site.sealed().exists().then_some(())
+    });
     mount.unmount();
     site.verify();
     assert_eq!(
