@@ -26,9 +26,4 @@ impl Deadline {
     pub fn instant(self) -> Instant {
         self.0
     }
-
-    /// The earlier of this and `span` from now.
-    pub fn at_most(self, span: Duration) -> Self {
-        self.min(Self::after(span))
-    }
 }

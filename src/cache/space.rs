@@ -230,14 +230,6 @@ impl Cache {
         Ok(())
     }
 
-    /// Takes an artifact out of the index, by its full reference; its blobs stay until they are evicted.
-    pub fn unpublish(&self, digest: &Digest) -> Result<(), CacheError> {
-        let path = self.layout().index();
-        self.locked(|| {
-            index::retain(&path, |other| other != digest).map_err(CacheError::io("write", &path))
-        })
-    }
-
     /// Removes a blob's files unless somebody uses them; the artifacts that need it leave the index first. Under the lock.
     fn remove_unused(&self, found: &mut Found) -> Result<bool, CacheError> {
         let failed = |error| CacheError::io("remove", &found.data)(error);
