@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::SemaphorePermit;
 use tokio::task::block_in_place;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use super::BlobError;
 use super::flight::{Flight, Urgency};
@@ -31,11 +31,25 @@ const AHEAD: u64 = 8 << 20;
 /// Such a stream is given up when its readers pause for so long.
 const IDLE: Duration = Duration::from_secs(5);
 
+/// Bytes for the cache are gathered until there are so many, or a reader waits for them: each write costs a system call for
+/// the data and one for the chunk map, and a slow link gives a few KiB at a time.
+const GATHER: u64 = 256 << 10;
+/// Gathered bytes are written after this long: other processes may wait for them, and a kill would lose them.
+const LINGER: Duration = Duration::from_millis(10);
+
 /// Where the bytes of a request go.
 #[derive(Debug)]
 enum Sink {
-    Cache(Writer),
+    Cache { writer: Writer, gathered: Gathered },
     Memory { at: u64 },
+}
+
+/// Bytes that have come and are not written yet.
+#[derive(Debug, Default)]
+struct Gathered {
+    pieces: Vec<Bytes>,
+    len: u64,
+    since: Option<Instant>,
 }
 
 impl LazyBlob {
@@ -224,8 +238,22 @@ impl LazyBlob {
                     return Ok(Poured::Idle);
                 }
             }
-            let Some(mut bytes) = body.next().await? else {
-                break;
+            let next = match sink.lingering() {
+                None => body.next().await,
+                Some(until) => match timeout_at(until.into(), body.next()).await {
+                    Ok(next) => next,
+                    Err(_) => {
+                        self.write(flight, sink);
+                        continue;
+                    }
+                },
+            };
+            let mut bytes = match next {
+                Ok(Some(bytes)) => bytes,
+                end => {
+                    self.write(flight, sink);
+                    return end.map(|_| Poured::All);
+                }
             };
             self.received
                 .fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -235,10 +263,7 @@ impl LazyBlob {
                 bytes = bytes.split_off(usize::try_from(cut).unwrap_or(usize::MAX));
             }
             self.keep(flight, sink, bytes);
-            flight.advance(sink.ready());
         }
-        flight.advance(sink.position());
-        Ok(Poured::All)
     }
 
     /// Keeps bytes in memory, those that readers of a passing stream have asked for.
@@ -254,7 +279,7 @@ impl LazyBlob {
         }
     }
 
-    /// Hands bytes to the cache, or to memory once the cache fails.
+    /// Takes bytes for the cache, or hands them to memory.
     fn keep(&self, flight: &Flight, sink: &mut Sink, bytes: Bytes) {
         if bytes.is_empty() {
             return;
@@ -264,20 +289,41 @@ impl LazyBlob {
                 let start = *at;
                 *at += bytes.len() as u64;
                 self.remember(flight, start, bytes);
+                flight.advance(*at);
             }
-            Sink::Cache(writer) => {
-                let start = writer.position();
-                // A write may wait for the disk; the runtime's other tasks move away meanwhile.
-                let Err(error) = block_in_place(|| writer.push(&bytes)) else {
-                    return;
-                };
-                tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
-                // The part of the chunk that came before is not marked, so its readers ask for it again.
-                let at = start + bytes.len() as u64;
-                self.remember(flight, start, bytes);
-                *sink = Sink::Memory { at };
+            Sink::Cache { gathered, .. } => {
+                gathered.since.get_or_insert_with(Instant::now);
+                gathered.len += bytes.len() as u64;
+                gathered.pieces.push(bytes);
+                if gathered.len >= GATHER || flight.is_awaited(sink.position()) {
+                    self.write(flight, sink);
+                }
             }
         }
+    }
+
+    /// Writes what was gathered to the cache, whole chunks of it, or hands it to memory once the cache fails.
+    fn write(&self, flight: &Flight, sink: &mut Sink) {
+        let Sink::Cache { writer, gathered } = sink else {
+            return;
+        };
+        let start = writer.position();
+        let pieces = gathered.take(writer.whole(start + gathered.len) - start);
+        if pieces.is_empty() {
+            return;
+        }
+        // A write may wait for the disk; the runtime's other tasks move away meanwhile.
+        if let Err(error) = block_in_place(|| writer.push_pieces(&pieces)) {
+            tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
+            let mut at = start;
+            for piece in pieces.into_iter().chain(gathered.pieces.drain(..)) {
+                let len = piece.len() as u64;
+                self.remember(flight, at, piece);
+                at += len;
+            }
+            *sink = Sink::Memory { at };
+        }
+        flight.advance(sink.ready());
     }
 
     fn sink(
@@ -296,7 +342,10 @@ impl LazyBlob {
             };
         };
         match block_in_place(|| entry.writer(range)) {
-            Ok(writer) => Ok(Sink::Cache(writer)),
+            Ok(writer) => Ok(Sink::Cache {
+                writer,
+                gathered: Gathered::default(),
+            }),
             // Nobody waits for what would only be dropped again.
             Err(error) if flight.urgency != Urgency::Demand => {
                 tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not fetched ahead");
@@ -390,10 +439,10 @@ enum Brought {
 }
 
 impl Sink {
-    /// The offset of the next byte.
+    /// The offset of the next byte to come.
     fn position(&self) -> u64 {
         match self {
-            Self::Cache(writer) => writer.position(),
+            Self::Cache { writer, gathered } => writer.position() + gathered.len,
             Self::Memory { at } => *at,
         }
     }
@@ -401,9 +450,39 @@ impl Sink {
     /// Up to where readers find the bytes: whole chunks in the cache, every byte in memory.
     fn ready(&self) -> u64 {
         match self {
-            Self::Cache(writer) => writer.ready(),
+            Self::Cache { writer, .. } => writer.whole(writer.position()),
             Self::Memory { at } => *at,
         }
+    }
+
+    /// When gathered bytes are to be written, whatever comes.
+    fn lingering(&self) -> Option<Instant> {
+        match self {
+            Self::Cache { gathered, .. } => gathered.since.map(|since| since + LINGER),
+            Self::Memory { .. } => None,
+        }
+    }
+}
+
+impl Gathered {
+    /// The first `len` bytes of it. What is left begins to linger anew when the next piece comes.
+    fn take(&mut self, len: u64) -> Vec<Bytes> {
+        let mut taken = Vec::with_capacity(self.pieces.len());
+        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut rest = Vec::new();
+        for mut piece in self.pieces.drain(..) {
+            let first = piece.split_to(left.min(piece.len()));
+            left -= first.len();
+            self.len -= first.len() as u64;
+            for (part, list) in [(first, &mut taken), (piece, &mut rest)] {
+                if !part.is_empty() {
+                    list.push(part);
+                }
+            }
+        }
+        self.pieces = rest;
+        self.since = None;
+        taken
     }
 }
 

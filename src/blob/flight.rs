@@ -1,12 +1,12 @@
 //! Requests under way, and waiting for them.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::BlobError;
-use crate::base::ByteRange;
+use crate::base::{ByteRange, lock};
 
 /// Why a request is made, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,14 +19,19 @@ pub(super) enum Urgency {
     Fill,
 }
 
-/// How far a request is.
-#[derive(Clone, Debug)]
-pub(super) struct Progress {
+/// How far a request is, and who waits for it.
+#[derive(Debug)]
+struct Progress {
     /// The bytes of its range before this offset are here.
-    pub(super) at: u64,
+    at: u64,
     /// How it ended, once it has.
-    pub(super) ended: Option<Result<(), BlobError>>,
+    ended: Option<Result<(), BlobError>>,
+    /// Each with the offset before which it needs all bytes.
+    waiters: Vec<(u64, oneshot::Sender<()>)>,
 }
+
+/// The offset that nobody waits for.
+const NOBODY: u64 = u64::MAX;
 
 /// One request under way: bytes of `range` arrive in order.
 #[derive(Debug)]
@@ -35,7 +40,9 @@ pub(super) struct Flight {
     pub(super) urgency: Urgency,
     /// The server ignores ranges: this is the one stream that brings the whole blob.
     pub(super) whole: bool,
-    progress: watch::Sender<Progress>,
+    progress: Mutex<Progress>,
+    /// The lowest offset of the waiters; [`NOBODY`] when there is none.
+    awaited: AtomicU64,
     /// Where the reader for whom a whole stream was begun wants to begin.
     pub(super) from: u64,
     /// Up to where readers of a whole stream have asked for it.
@@ -64,10 +71,12 @@ impl Flight {
             from,
             front: watch::Sender::new(from),
             passing: AtomicBool::new(false),
-            progress: watch::Sender::new(Progress {
+            progress: Mutex::new(Progress {
                 at: range.start(),
                 ended: None,
+                waiters: Vec::new(),
             }),
+            awaited: AtomicU64::new(NOBODY),
             boosted: AtomicBool::new(urgency == Urgency::Demand),
             boost: Notify::new(),
         })
@@ -87,18 +96,67 @@ impl Flight {
         }
     }
 
+    /// The bytes before `at` are here; wakes those who waited for no more.
     pub(super) fn advance(&self, at: u64) {
-        self.progress.send_if_modified(|progress| {
-            let moved = at > progress.at;
-            progress.at = progress.at.max(at);
-            moved
-        });
+        let mut progress = lock(&self.progress);
+        if at <= progress.at {
+            return;
+        }
+        progress.at = at;
+        let reached = progress.waiters.extract_if(.., |(until, _)| *until <= at);
+        let reached: Vec<_> = reached.collect();
+        self.note_awaited(&progress);
+        drop(progress);
+        for (_, waiter) in reached {
+            let _ = waiter.send(());
+        }
     }
 
+    /// The first result counts; wakes everybody.
     pub(super) fn end(&self, result: Result<(), BlobError>) {
-        self.progress.send_modify(|progress| {
-            progress.ended.get_or_insert(result);
-        });
+        let mut progress = lock(&self.progress);
+        progress.ended.get_or_insert(result);
+        let all = std::mem::take(&mut progress.waiters);
+        self.note_awaited(&progress);
+        drop(progress);
+        for (_, waiter) in all {
+            let _ = waiter.send(());
+        }
+    }
+
+    /// Up to where its bytes are here, and how it ended, once it has.
+    pub(super) fn progress(&self) -> (u64, Option<Result<(), BlobError>>) {
+        let progress = lock(&self.progress);
+        (progress.at, progress.ended.clone())
+    }
+
+    /// Returns once the bytes before `until` are here, or it has ended; with [`u64::MAX`] only then.
+    pub(super) async fn arrival(&self, until: u64) {
+        let arrival = {
+            let mut progress = lock(&self.progress);
+            if progress.ended.is_some() || progress.at >= until {
+                return;
+            }
+            let (waiter, arrival) = oneshot::channel();
+            // Those who gave up waiting are not to have the bytes hurried.
+            progress.waiters.retain(|(_, waiter)| !waiter.is_closed());
+            progress.waiters.push((until, waiter));
+            self.note_awaited(&progress);
+            arrival
+        };
+        let _ = arrival.await;
+    }
+
+    fn note_awaited(&self, progress: &Progress) {
+        let lowest = progress.waiters.iter().map(|(until, _)| *until).min();
+        self.awaited
+            .store(lowest.unwrap_or(NOBODY), Ordering::Release);
+    }
+
+    /// Whether somebody waits for no more than the bytes before `at`.
+    pub(super) fn is_awaited(&self, at: u64) -> bool {
+        let lowest = self.awaited.load(Ordering::Acquire);
+        lowest != NOBODY && lowest <= at
     }
 
     /// A reader of the whole stream wants the bytes before `end`.
@@ -126,12 +184,6 @@ impl Flight {
 
     /// Whether the byte at `at` will come, or is kept.
     pub(super) fn brings(&self, at: u64) -> bool {
-        !self.passing.load(Ordering::Acquire)
-            || (self.from <= at && self.progress.borrow().at <= at)
-    }
-
-    /// A view of its progress from now on.
-    pub(super) fn watch(&self) -> watch::Receiver<Progress> {
-        self.progress.subscribe()
+        !self.passing.load(Ordering::Acquire) || (self.from <= at && lock(&self.progress).at <= at)
     }
 }

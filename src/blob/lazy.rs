@@ -447,7 +447,6 @@ impl LazyBlob {
             if urgency == Urgency::Demand {
                 flight.want(gap.end());
             }
-            let mut progress = flight.watch();
             let _waiting = (urgency == Urgency::Demand).then(|| {
                 flight.boost();
                 self.shared.foreground()
@@ -458,10 +457,7 @@ impl LazyBlob {
                 .as_ref()
                 .is_some_and(|(last, at)| Arc::ptr_eq(last, &flight) && *at == gap);
             loop {
-                let (at, ended) = {
-                    let now = progress.borrow_and_update();
-                    (now.at, now.ended.clone())
-                };
+                let (at, ended) = flight.progress();
                 if let Some(Err(error)) = &ended {
                     tries += 1;
                     let no_room = matches!(error, BlobError::NoRoom { .. });
@@ -477,14 +473,16 @@ impl LazyBlob {
                 if ended.is_some() || (at >= arrived && !in_vain) {
                     break;
                 }
-                if timeout_at(deadline.instant().into(), progress.changed())
+                let until = if in_vain { u64::MAX } else { arrived };
+                let arrival = flight.arrival(until);
+                if timeout_at(deadline.instant().into(), arrival)
                     .await
                     .is_err()
                 {
-                    return Err(late());
-                }
-                if flight.whole {
                     // The one stream has to come past everything before; while it moves there is hope.
+                    if !flight.whole || flight.progress().0 == at {
+                        return Err(late());
+                    }
                     deadline = Deadline::after(self.shared.config.read_timeout);
                 }
             }

@@ -14,7 +14,7 @@
 //! The file is never shortened and never punched: it may be mapped, or be read by the kernel in our place.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -243,20 +243,39 @@ impl Entry {
 
     /// Reads all of `range`; `None` when not all of it is here, or what was here turned out damaged.
     pub fn read(&self, range: ByteRange) -> Result<Option<Bytes>, CacheError> {
-        let failed = |error| CacheError::io("read", &self.path())(error);
-        if let Some(map) = self.open_map() {
-            if !map.has(range) {
-                return Ok(None);
-            }
-            let whole = map
-                .check(range, |buffer, at| self.data.read_exact_at(buffer, at))
-                .map_err(failed)?;
-            if !whole {
-                tracing::warn!(digest = %self.digest, %range, "cached bytes were damaged; fetching them again");
-                return Ok(None);
-            }
+        if !self.is_sound(range)? {
+            return Ok(None);
         }
+        let failed = |error| CacheError::io("read", &self.path())(error);
         self.read_unchecked(range).map(Some).map_err(failed)
+    }
+
+    /// Fills `buffer` with the bytes from `offset` on; `false` when not all of them are here, or what was here turned out
+    /// damaged.
+    pub fn read_into(&self, offset: u64, buffer: &mut [u8]) -> Result<bool, CacheError> {
+        if !self.is_sound(ByteRange::at(offset, buffer.len() as u64))? {
+            return Ok(false);
+        }
+        let read = self.data.read_exact_at(buffer, offset);
+        read.map_err(|error| CacheError::io("read", &self.path())(error))?;
+        Ok(true)
+    }
+
+    /// Whether all of `range` is here and is what was written.
+    fn is_sound(&self, range: ByteRange) -> Result<bool, CacheError> {
+        let Some(map) = self.open_map() else {
+            return Ok(true);
+        };
+        if !map.has(range) {
+            return Ok(false);
+        }
+        let sound = map
+            .check(range, |buffer, at| self.data.read_exact_at(buffer, at))
+            .map_err(|error| CacheError::io("read", &self.path())(error))?;
+        if !sound {
+            tracing::warn!(digest = %self.digest, %range, "cached bytes were damaged; fetching them again");
+        }
+        Ok(sound)
     }
 
     fn read_unchecked(&self, range: ByteRange) -> io::Result<Bytes> {
@@ -392,6 +411,28 @@ impl Entry {
     }
 }
 
+/// Writes all pieces one behind the other, by as few system calls as it takes.
+fn write_all_at(file: &File, pieces: &[&[u8]], mut at: u64) -> io::Result<()> {
+    /// `IOV_MAX` on Linux.
+    const MOST: usize = 1024;
+    let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+    let mut rest = &mut slices[..];
+    // A slice without bytes at the front would look like a disk that takes none.
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        match rustix::io::pwritev(file, &rest[..rest.len().min(MOST)], at) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => {
+                at += count as u64;
+                IoSlice::advance_slices(&mut rest, count);
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 /// Whether `path` still leads to the file that `open` describes.
 fn names(path: &std::path::Path, open: &fs::Metadata) -> bool {
     fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (open.dev(), open.ino()))
@@ -438,12 +479,12 @@ impl Writer {
         self.at
     }
 
-    /// Up to where what was written is present: whole chunks.
-    pub fn ready(&self) -> u64 {
-        if self.at == self.entry.size {
-            self.at
+    /// Up to where bytes are present once those before `at` are written: whole chunks.
+    pub fn whole(&self, at: u64) -> u64 {
+        if at == self.entry.size {
+            at
         } else {
-            self.at / self.entry.chunk() * self.entry.chunk()
+            at / self.entry.chunk() * self.entry.chunk()
         }
     }
 
@@ -473,7 +514,7 @@ impl Writer {
                 .unwrap_or(usize::MAX)
                 .min(rest.len());
             if self.skip {
-                entry.store(map, from, pending, &mut sums)?;
+                entry.store(map, from, &[pending], &mut sums)?;
                 rest = &rest[take..];
                 all = rest;
                 self.at += take as u64;
@@ -489,30 +530,64 @@ impl Writer {
                 sums.push(self.sum);
             }
         }
-        entry.store(map, from, pending, &mut sums)
+        entry.store(map, from, &[pending], &mut sums)
+    }
+
+    /// Writes the next bytes, which came in pieces, by one system call where nothing of them is here yet.
+    ///
+    /// # Errors
+    /// As [`Writer::push`].
+    pub fn push_pieces(&mut self, pieces: &[Bytes]) -> Result<(), CacheError> {
+        let entry = Arc::clone(&self.entry);
+        let map = entry.map.as_ref().ok_or_else(|| entry.gone())?;
+        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+        let range = ByteRange::at(self.at, len);
+        let plain = range == range.align(map.chunk(), entry.size)
+            && range.end() <= self.end
+            && map.missing(range) == [range];
+        if !plain {
+            return pieces.iter().try_for_each(|piece| self.push(piece));
+        }
+        let mut sums = Vec::with_capacity((len / map.chunk()) as usize + 1);
+        let (mut sum, mut at) = (0, range.start());
+        for piece in pieces {
+            let mut rest: &[u8] = piece;
+            while !rest.is_empty() {
+                let chunk_end = ((at / map.chunk() + 1) * map.chunk()).min(range.end());
+                let take = ((chunk_end - at) as usize).min(rest.len());
+                sum = crc32c::crc32c_append(sum, &rest[..take]);
+                (rest, at) = (&rest[take..], at + take as u64);
+                if at == chunk_end {
+                    sums.push(std::mem::take(&mut sum));
+                }
+            }
+        }
+        let pieces: Vec<&[u8]> = pieces.iter().map(|piece| &piece[..]).collect();
+        entry.store(map, range.start(), &pieces, &mut sums)?;
+        self.at = range.end();
+        self.sum = 0;
+        Ok(())
     }
 }
 
 impl Entry {
-    /// Writes `bytes` at `from` and marks the chunks that end within them, whose sums are `sums`.
+    /// Writes `pieces` from `from` on and marks the chunks that end within them, whose sums are `sums`.
     fn store(
         &self,
         map: &ChunkMap,
         from: u64,
-        bytes: &[u8],
+        pieces: &[&[u8]],
         sums: &mut Vec<u32>,
     ) -> Result<(), CacheError> {
-        if bytes.is_empty() {
+        if pieces.iter().all(|piece| piece.is_empty()) {
             return Ok(());
         }
-        self.data
-            .write_all_at(bytes, from)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CacheError::Full {
-                    wanted: bytes.len() as u64,
-                },
-                _ => CacheError::io("write", &self.path())(error),
-            })?;
+        write_all_at(&self.data, pieces, from).map_err(|error| match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CacheError::Full {
+                wanted: pieces.iter().map(|piece| piece.len() as u64).sum(),
+            },
+            _ => CacheError::io("write", &self.path())(error),
+        })?;
         if !sums.is_empty() {
             let first = usize::try_from(from / map.chunk()).unwrap_or(usize::MAX);
             if let Err(error) = map.mark(first, sums) {

@@ -73,6 +73,48 @@ fn bytes_become_present_chunk_by_chunk_and_are_read_back() {
 }
 
 #[test]
+fn pieces_written_at_once_are_what_they_are_one_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = content(3, 200_000);
+    let digest = Digest::of(&bytes);
+    // From the start and from a place within a chunk; one chunk is there before, or none.
+    for (first, there) in [(0, None), (0, Some(3)), (70_000, None), (70_000, Some(5))] {
+        let cache = cache(&dir.path().join(format!("{first} {there:?}")), 1 << 30);
+        let entry = Arc::new(cache.entry(&digest, bytes.len() as u64).unwrap());
+        if let Some(chunk) = there {
+            let range = ByteRange::at(chunk * 16384, 16384);
+            let part = &bytes[range.start() as usize..range.end() as usize];
+            entry.writer(range).unwrap().push(part).unwrap();
+        }
+        let mut writer = entry.writer(whole(&entry)).unwrap();
+        writer.push(&bytes[..first]).unwrap();
+        let (mut at, mut pieces) = (first, Vec::new());
+        for len in [1, 0, 16383, 16384, 7, 100, 65536].into_iter().cycle() {
+            let end = (at + len).min(bytes.len());
+            pieces.push(Bytes::copy_from_slice(&bytes[at..end]));
+            at = end;
+            if pieces.len() == 3 || at == bytes.len() {
+                writer.push_pieces(&std::mem::take(&mut pieces)).unwrap();
+                assert_eq!(writer.position(), at as u64);
+            }
+            if at == bytes.len() {
+                break;
+            }
+        }
+        assert_eq!(entry.read(whole(&entry)).unwrap().unwrap(), bytes);
+        drop((writer, entry));
+        // The checksums on disk are right, too.
+        cache
+            .verify(|_, verdict| assert_eq!(verdict, Verdict::Sound))
+            .unwrap();
+        assert_eq!(
+            cache.present(&digest, bytes.len() as u64),
+            bytes.len() as u64
+        );
+    }
+}
+
+#[test]
 fn a_second_process_sees_the_bytes_and_a_remount_finds_them() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (cache(dir.path(), 1 << 30), cache(dir.path(), 1 << 30));
