@@ -197,6 +197,7 @@ impl LazyBlob {
             .look(&hold, range, self.shared.config.strict)
             .transpose()?;
         if result.is_ok() {
+            self.shared.readers.note();
             self.note(range);
         }
         Some(result)

@@ -15,15 +15,21 @@ use tokio::sync::{Semaphore, broadcast, watch};
 
 mod fetch;
 mod flight;
+mod hashers;
 mod lazy;
 mod overlay;
 mod plan;
 mod prefetch;
+mod readers;
 #[cfg(test)]
 mod tests;
 mod verify;
 
+pub use hashers::HashCost;
 pub use lazy::{Hold, LazyBlob};
+
+use hashers::Hashers;
+use readers::Readers;
 
 use crate::base::{ByteRange, Digest, lock};
 use crate::cache::Cache;
@@ -175,6 +181,8 @@ struct Shared {
     demands: Semaphore,
     /// How many readers wait, and how many requests for what readers want are under way.
     foreground: watch::Sender<usize>,
+    readers: Arc<Readers>,
+    hashers: Hashers,
     events: broadcast::Sender<Event>,
 }
 
@@ -185,6 +193,7 @@ struct Foreground(Arc<Shared>);
 impl Shared {
     fn foreground(self: &Arc<Self>) -> Foreground {
         self.foreground.send_modify(|count| *count += 1);
+        self.readers.wait(true);
         Foreground(Arc::clone(self))
     }
 }
@@ -192,6 +201,7 @@ impl Shared {
 impl Drop for Foreground {
     fn drop(&mut self) {
         self.0.foreground.send_modify(|count| *count -= 1);
+        self.0.readers.wait(false);
     }
 }
 
@@ -201,6 +211,7 @@ impl Blobs {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn new(cache: Cache, registry: Registry, config: BlobConfig) -> Self {
+        let readers = Arc::new(Readers::new());
         Self {
             shared: Arc::new(Shared {
                 cache,
@@ -211,6 +222,8 @@ impl Blobs {
                 parts: Semaphore::new(PARTS_AT_ONCE),
                 demands: Semaphore::new(DEMANDS_AT_ONCE),
                 foreground: watch::Sender::new(0),
+                hashers: Hashers::new(Arc::clone(&readers)),
+                readers,
                 events: broadcast::Sender::new(1024),
             }),
         }
@@ -252,6 +265,11 @@ impl Blobs {
             .values()
             .filter_map(Weak::upgrade)
             .collect()
+    }
+
+    /// What hashing has cost since these blobs were joined.
+    pub fn hash_cost(&self) -> HashCost {
+        self.shared.hashers.cost()
     }
 
     /// What happens from now on. A receiver that falls far behind misses the oldest events.

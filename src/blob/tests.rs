@@ -707,3 +707,36 @@ async fn one_stream_for_each_reader_is_enough_where_neither_ranges_nor_room_are_
     assert!(server.sent() < 5 * bytes.len(), "{}", server.sent() / MIB);
     drop(hold);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hashing_ends_although_readers_never_pause_and_every_processor_computes() {
+    let bytes = content(40 * MIB);
+    let digest = Digest::of(&bytes);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
+    let whole = ByteRange::new(0, bytes.len() as u64);
+    assert_eq!(blob.read(whole).await.unwrap(), bytes);
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let busy: Vec<_> = (0..std::thread::available_parallelism().unwrap().get() * 2)
+        .map(|_| {
+            let (blob, done) = (Arc::clone(&blob), Arc::clone(&done));
+            std::thread::spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    assert!(blob.try_read(ByteRange::new(0, 4096)).is_some());
+                }
+            })
+        })
+        .collect();
+    let completed = tokio::time::timeout(Duration::from_secs(60), blob.complete()).await;
+    done.store(true, Ordering::Relaxed);
+    for thread in busy {
+        thread.join().unwrap();
+    }
+    completed.unwrap().unwrap();
+    assert_eq!(blob.verified(), Verified::Yes);
+    let cost = blobs.hash_cost();
+    assert_eq!(cost.bytes, bytes.len() as u64, "each byte once");
+    assert!(cost.processor > Duration::ZERO);
+}

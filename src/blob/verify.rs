@@ -1,44 +1,36 @@
 //! Hashing behind the download, and what follows from the result.
 //!
-//! SHA-256 is sequential: the prefix of the blob that is here without a gap is hashed as it grows, on a thread that serves no
-//! reader. When it reaches the end, the blob is sealed or thrown away.
+//! SHA-256 is sequential: the prefix of the blob that is here without a gap is hashed as it grows, by threads that serve no
+//! reader (`hashers.rs`). When it reaches the end, the blob is sealed or thrown away.
 
-use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::{Event, Verified};
 use crate::base::{ByteRange, Hasher, lock};
+use crate::cache::Entry;
 
-/// Bytes hashed at a time.
-const STEP: u64 = 1 << 20;
+/// Bytes hashed at a time: few enough to stay in a processor's second-level cache between reading and hashing.
+const STEP: u64 = 256 << 10;
 
-/// The nice value of hashing threads: a tenth of the weight of those that serve readers (sched(7)).
-const NICE: i32 = 10;
-
-/// Runs `job` on a thread of its own that gives way to readers where processors are few.
-///
-/// Not on the runtime's threads: only root could make one of these as important again as it was.
-fn behind_readers(job: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let job = move || {
-        // "Process" 0 is the calling thread on Linux (setpriority(2), "C library/kernel differences").
-        let _ = rustix::process::setpriority_process(None, NICE);
-        job();
-    };
-    thread::Builder::new()
-        .name("ocifs-hash".into())
-        .spawn(job)
-        .map(drop)
+/// How far the hash of a blob is.
+#[derive(Debug)]
+pub(super) struct Hashing {
+    /// A job is waiting or being done.
+    busy: watch::Sender<bool>,
+    /// Taken out while the blob is being hashed.
+    done: Mutex<Hashed>,
 }
 
-#[derive(Debug, Default)]
-pub(super) struct Hashing {
-    busy: AtomicBool,
-    done: Mutex<Hashed>,
+impl Default for Hashing {
+    fn default() -> Self {
+        Self {
+            busy: watch::Sender::new(false),
+            done: Mutex::default(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -49,6 +41,109 @@ struct Hashed {
     upto: u64,
 }
 
+/// Hashing one blob from where it stopped last to the next gap or the end.
+#[derive(Debug)]
+pub(super) struct Job {
+    blob: Arc<LazyBlob>,
+    hold: Hold,
+    entry: Arc<Entry>,
+    hashed: Hashed,
+    buffer: Box<[u8]>,
+    /// Bytes of the last step.
+    step: u64,
+    broken: Option<crate::cache::CacheError>,
+}
+
+/// How a step of a [`Job`] went.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// There may be more to do.
+    More,
+    /// There may be, and whoever does it gets too little time.
+    Starved,
+    /// There is nothing more to do now: [`Job::end`].
+    End,
+}
+
+impl Job {
+    fn new(blob: &Arc<LazyBlob>, hold: Hold, entry: Arc<Entry>) -> Self {
+        let opening = hold.opening();
+        let mut hashed = std::mem::take(&mut *lock(&blob.hashing.done));
+        if hashed.opening != opening {
+            // Bytes may have been evicted and fetched again since: only what is here now counts.
+            hashed = Hashed {
+                opening,
+                ..Hashed::default()
+            };
+        }
+        Self {
+            blob: Arc::clone(blob),
+            hold,
+            entry,
+            hashed,
+            buffer: vec![0; STEP.min(blob.size) as usize].into(),
+            step: 0,
+            broken: None,
+        }
+    }
+
+    /// Bytes that the last step hashed.
+    pub(super) fn step_len(&self) -> u64 {
+        self.step
+    }
+
+    /// Hashes a little. Takes no lock that a reader takes.
+    pub(super) fn step(&mut self) -> Step {
+        self.step = 0;
+        let range = ByteRange::at(self.hashed.upto, STEP);
+        let range = range.intersect(ByteRange::new(0, self.blob.size));
+        if range.is_empty() || self.entry.is_sealed() {
+            return Step::End;
+        }
+        let buffer = &mut self.buffer[..range.len() as usize];
+        match self.entry.read_into(range.start(), buffer) {
+            Ok(true) => {}
+            Ok(false) => return Step::End,
+            Err(error) => {
+                self.broken = Some(error);
+                return Step::End;
+            }
+        }
+        self.hashed.hasher.update(buffer);
+        self.hashed.upto = range.end();
+        self.step = range.len();
+        Step::More
+    }
+
+    /// Decides on the blob if all of it is hashed, and lets others hash it.
+    pub(super) fn end(self) {
+        let Self {
+            blob,
+            hold,
+            entry,
+            hashed,
+            broken,
+            ..
+        } = self;
+        if let Some(error) = broken {
+            blob.distrust(&entry, &error);
+        } else if *blob.verified.borrow() != Verified::NotYet {
+            // Nothing is left to find out.
+        } else if entry.is_sealed() {
+            blob.verified.send_replace(Verified::Yes);
+        } else if hashed.upto == blob.size {
+            blob.decide(&entry, hashed.hasher);
+        } else {
+            *lock(&blob.hashing.done) = hashed;
+        }
+        blob.hashing.busy.send_replace(false);
+        // What came in between the last look and now has found this job under way.
+        if blob.can_go_on(&hold) {
+            blob.hash_soon();
+        }
+    }
+}
+
 impl LazyBlob {
     /// Hashes what has arrived, if the blob is on its way to completion and nobody is at it.
     pub(super) fn hash_soon(self: &Arc<Self>) {
@@ -57,91 +152,60 @@ impl LazyBlob {
         }
         let hold = self.hold();
         let Some(entry) = hold.entry() else { return };
-        if !self.filling.load(Ordering::Acquire) && !entry.has(ByteRange::new(0, self.size)) {
+        if !self.filling.load(std::sync::atomic::Ordering::Acquire)
+            && !entry.has(ByteRange::new(0, self.size))
+        {
             return;
         }
-        if self.hashing.busy.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let blob = Arc::clone(self);
-        let job = move || {
-            blob.hash(&hold);
-            blob.hashing.busy.store(false, Ordering::Release);
-            // What came in between the last look and now has found this thread busy.
-            if blob.can_go_on(&hold) {
-                blob.hash_soon();
+        while !self.hashing.busy.send_replace(true) {
+            if self.can_go_on(&hold) {
+                let job = Box::new(Job::new(self, hold, entry));
+                if let Err(job) = self.shared.hashers.add(job) {
+                    // No thread was to be had; the next part that arrives tries again.
+                    *lock(&self.hashing.done) = job.hashed;
+                    self.hashing.busy.send_replace(false);
+                }
+                return;
             }
-        };
-        if behind_readers(job).is_err() {
-            // No thread was to be had; the next part that arrives tries again.
-            self.hashing.busy.store(false, Ordering::Release);
+            self.hashing.busy.send_replace(false);
+            // What came since the last look has found this thread busy.
+            if !self.can_go_on(&hold) {
+                return;
+            }
         }
     }
 
     fn can_go_on(&self, hold: &Hold) -> bool {
-        let upto = lock(&self.hashing.done).upto;
+        let (upto, opening) = {
+            let done = lock(&self.hashing.done);
+            (done.upto, done.opening)
+        };
+        let upto = if opening == hold.opening() { upto } else { 0 };
         let next = ByteRange::at(upto, STEP).intersect(ByteRange::new(0, self.size));
         *self.verified.borrow() == Verified::NotYet
-            && hold
-                .entry()
-                .is_some_and(|entry| upto < self.size && entry.has(next))
+            && hold.entry().is_some_and(|entry| entry.has(next))
     }
 
     /// Hashes all there is and tells whether the blob is decided now.
     pub(super) async fn hash_what_came(self: &Arc<Self>, hold: &Hold) -> bool {
-        let blob = Arc::clone(self);
-        let hold = hold.clone();
-        let (done, hashed) = oneshot::channel();
-        let job = move || {
-            blob.hash(&hold);
-            let _ = done.send(());
-        };
-        behind_readers(job).is_ok()
-            && hashed.await.is_ok()
-            && *self.verified.borrow() != Verified::NotYet
-    }
-
-    /// Goes on from where the last call stopped until a gap or the end. One thread at a time.
-    fn hash(&self, hold: &Hold) {
-        let mut hashed = lock(&self.hashing.done);
-        if *self.verified.borrow() != Verified::NotYet {
-            return;
-        }
-        let Some(entry) = hold.entry() else { return };
-        if entry.is_sealed() {
-            self.verified.send_replace(Verified::Yes);
-            return;
-        }
-        let opening = hold.opening();
-        if hashed.opening != opening {
-            // Bytes may have been evicted and fetched again since: only what is here now counts.
-            *hashed = Hashed {
-                opening,
-                ..Hashed::default()
-            };
-        }
-        while hashed.upto < self.size {
-            let range = ByteRange::at(hashed.upto, STEP).intersect(ByteRange::new(0, self.size));
-            match entry.read(range) {
-                Ok(Some(bytes)) => hashed.hasher.update(&bytes),
-                Ok(None) => return,
-                Err(error) => {
-                    self.distrust(&entry, &error);
-                    return;
-                }
+        let mut busy = self.hashing.busy.subscribe();
+        loop {
+            self.hash_soon();
+            // The sender lives as long as the blob.
+            let _ = busy.wait_for(|busy| !busy).await;
+            if *self.verified.borrow() != Verified::NotYet {
+                return true;
             }
-            hashed.upto = range.end();
+            if !self.can_go_on(hold) {
+                return false;
+            }
         }
-        let hasher = std::mem::take(&mut *hashed).hasher;
-        self.decide(hold, hasher);
     }
 
-    fn decide(&self, hold: &Hold, hasher: Hasher) {
+    fn decide(&self, entry: &Arc<Entry>, hasher: Hasher) {
         let actual = hasher.finish();
         if actual == self.digest {
-            if let Some(entry) = hold.entry()
-                && let Err(error) = entry.seal()
-            {
+            if let Err(error) = entry.seal() {
                 tracing::warn!(digest = %self.digest, error = %Chain(&error), "a verified blob cannot be sealed");
             }
             self.verified.send_replace(Verified::Yes);
@@ -151,10 +215,8 @@ impl LazyBlob {
             // Readers fail from here on, before the bytes go.
             self.verified.send_replace(Verified::No { actual });
             tracing::error!(digest = %self.digest, %actual, "the registry's content is wrong; nothing of it is kept");
-            if let Some(entry) = hold.entry() {
-                entry.discard();
-                self.let_go(&entry, None);
-            }
+            entry.discard();
+            self.let_go(entry, None);
             let _ = self.shared.events.send(Event::Corrupt(self.digest));
         }
     }

@@ -263,12 +263,14 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, up: Dur
         };
         json!({ "digest": blob.digest(), "size": blob.size(), "cached": blob.cached(), "verified": verified })
     });
+    let hashing = blobs.hash_cost();
     json!({
         "pid": std::process::id(),
         "version": env!("CARGO_PKG_VERSION"),
         "upSeconds": up.as_secs(),
         "offline": blobs.config().offline,
         "passthrough": tree.has_passthrough(),
+        "hashing": { "bytes": hashing.bytes, "cpuSeconds": hashing.processor.as_secs_f64() },
         "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit },
         "models": shown,
         "blobs": live.collect::<Vec<_>>(),
