@@ -10,11 +10,11 @@ use reqwest::Url;
 use reqwest::header::HeaderValue;
 
 use super::challenge::Challenge;
-use super::credentials::{self, Credentials};
-use super::token::{self, TokenServer};
+use super::credentials::{Credentials, Found, Sources};
+use super::token::{self, Token, TokenServer, Wants};
 use super::transport::Transport;
 use super::{RegistryError, Repository};
-use crate::base::lock;
+use crate::base::{Digest, Secret, lock};
 
 /// Most (repository, action) pairs whose authorisation is remembered.
 const MOST_ENTRIES: usize = 4096;
@@ -61,15 +61,19 @@ pub(super) struct Grant {
     renew_at: Option<Instant>,
     /// When half its life is over: an upload begins with a younger one.
     half_life: Option<Instant>,
+    /// What it was made from; `None`: nothing.
+    from: Option<Digest>,
+    /// Why it was made from nothing, where there should have been credentials.
+    pub(super) trouble: Option<String>,
 }
 
 /// What a grant consists of.
 #[derive(Clone, Debug)]
 pub(super) enum GrantForm {
     /// User name and password.
-    Basic(String, crate::base::Secret),
+    Basic(String, Secret),
     /// A bearer token.
-    Bearer(crate::base::Secret),
+    Bearer(Secret),
 }
 
 /// What is known before a request is sent.
@@ -84,7 +88,9 @@ pub(super) struct Known {
 /// All authorisations of this process.
 #[derive(Debug)]
 pub(super) struct Auth {
-    files: Vec<PathBuf>,
+    sources: Sources,
+    /// Refresh tokens that token servers gave in place of others (RFC 6749, section 6), by what they replace.
+    rotated: Mutex<HashMap<Digest, Secret>>,
     entries: Mutex<HashMap<(Repository, Action), Arc<Entry>>>,
 }
 
@@ -102,7 +108,8 @@ impl Auth {
     /// Credentials come from these files, in this order.
     pub(super) fn new(files: Vec<PathBuf>) -> Self {
         Self {
-            files,
+            sources: Sources::new(files),
+            rotated: Mutex::default(),
             entries: Mutex::default(),
         }
     }
@@ -193,6 +200,41 @@ impl Auth {
         outcome
     }
 
+    /// After a 403: a new grant where other credentials are found than those that were refused. Some registries say 403 to a password
+    /// that has expired, and a new one may have been written since.
+    pub(super) async fn reread(
+        &self,
+        transport: &Transport,
+        place: Place<'_>,
+        used: &Known,
+    ) -> Result<Option<Known>, RegistryError> {
+        let Some(entry) = self.entry(place, false) else {
+            return Ok(None);
+        };
+        let mut state = entry.lock().await;
+        if state.generation == used.generation {
+            let Some(challenge) = state.challenge.clone() else {
+                return Ok(None);
+            };
+            let found = self
+                .sources
+                .find(place.repository.host(), place.repository.path())
+                .await;
+            let from = found.credentials.as_ref().map(Credentials::fingerprint);
+            let refused = used.grant.as_ref().and_then(|grant| grant.from);
+            if from.is_none() || from == refused {
+                return Ok(None);
+            }
+            self.try_again(&mut state, transport, place, challenge)
+                .await?;
+        }
+        let grant = state.outcome.clone().transpose()?;
+        Ok(Some(Known {
+            generation: state.generation,
+            grant,
+        }))
+    }
+
     async fn fetch(
         &self,
         transport: &Transport,
@@ -201,43 +243,18 @@ impl Auth {
     ) -> Result<Grant, RegistryError> {
         let repository = place.repository;
         let host = repository.host();
-        let found = credentials::find(&self.files, host, repository.path()).await;
-        match (challenge, found) {
-            (Challenge::Basic, Some(Credentials::Basic { username, password })) => {
-                let header = basic(&username, password.expose());
-                grant(
-                    repository,
-                    &header,
-                    GrantForm::Basic(username, password),
-                    None,
-                )
-            }
-            (Challenge::Basic, found) => Err(RegistryError::Denied {
-                what: repository.to_string(),
-                status: 401,
-                reason: match found {
-                    None => format!(
-                        "{host} wants a user name and password, and no credential file has any for it; log in with `docker login {host}` or `podman login {host}`"
-                    ),
-                    Some(_) => format!(
-                        "{host} wants a user name and password, and the credential file has only a token for it"
-                    ),
-                },
-            }),
-            (Challenge::Bearer { .. }, Some(Credentials::Registry(token))) => grant(
-                repository,
-                &format!("Bearer {}", token.expose()),
-                GrantForm::Bearer(token),
-                None,
-            ),
-            (
-                Challenge::Bearer {
-                    realm,
-                    service,
-                    scopes,
-                },
-                found,
-            ) => {
+        let Found {
+            credentials,
+            trouble,
+        } = self.sources.find(host, repository.path()).await;
+        let from = credentials.as_ref().map(Credentials::fingerprint);
+        let grant = match challenge {
+            Challenge::Basic => basic_grant(repository, credentials, trouble.as_deref())?,
+            Challenge::Bearer {
+                realm,
+                service,
+                scopes,
+            } => {
                 let mut wanted = scopes.clone();
                 let own = place.scope();
                 // A read's challenge asks for less than a write needs.
@@ -249,16 +266,125 @@ impl Auth {
                     service: service.as_deref(),
                     scopes: &wanted,
                 };
-                let (token, lifetime) = token::fetch(transport, place, server, found).await?;
-                grant(
-                    repository,
-                    &format!("Bearer {}", token.expose()),
-                    GrantForm::Bearer(token),
-                    Some(lifetime),
-                )
+                self.bearer_grant(transport, place, server, credentials)
+                    .await
+                    .map_err(|error| explained(error, trouble.as_deref()))?
+            }
+        };
+        Ok(Grant {
+            from,
+            trouble,
+            ..grant
+        })
+    }
+
+    async fn bearer_grant(
+        &self,
+        transport: &Transport,
+        place: Place<'_>,
+        server: TokenServer<'_>,
+        credentials: Option<Credentials>,
+    ) -> Result<Grant, RegistryError> {
+        let bearer = |token: Secret, lifetime| {
+            let header = format!("Bearer {}", token.expose());
+            grant(
+                place.repository,
+                &header,
+                GrantForm::Bearer(token),
+                lifetime,
+            )
+        };
+        let given = match credentials {
+            Some(Credentials::Registry(token)) => return bearer(token, None),
+            Some(Credentials::Identity(ref token)) => Some(Digest::of(token.expose().as_bytes())),
+            _ => None,
+        };
+        let rotated = given.and_then(|given| lock(&self.rotated).get(&given).cloned());
+        let was_rotated = rotated.is_some();
+        let credentials = rotated.map(Credentials::Identity).or(credentials);
+        let wants = Wants {
+            root: place.root,
+            host: place.repository.host(),
+            what: &place.repository.to_string(),
+        };
+        let fetched = token::fetch(transport, wants, server, credentials).await;
+        if let Some(given) = given {
+            match &fetched {
+                Ok(Token {
+                    refresh: Some(refresh),
+                    ..
+                }) => {
+                    let mut rotated = lock(&self.rotated);
+                    if rotated.len() >= MOST_ENTRIES {
+                        rotated.clear();
+                    }
+                    rotated.insert(given, refresh.clone());
+                }
+                // What the file has is tried again the next time: it may have been written anew.
+                Err(RegistryError::Denied { .. }) if was_rotated => {
+                    lock(&self.rotated).remove(&given);
+                }
+                _ => {}
             }
         }
+        let Token {
+            token, lifetime, ..
+        } = fetched?;
+        bearer(token, Some(lifetime))
     }
+}
+
+/// A denial with the reason why there were no credentials, where there is one.
+pub(super) fn explained(error: RegistryError, trouble: Option<&str>) -> RegistryError {
+    match (error, trouble) {
+        (
+            RegistryError::Denied {
+                what,
+                status,
+                reason,
+            },
+            Some(trouble),
+        ) => RegistryError::Denied {
+            what,
+            status,
+            reason: format!("{trouble}; without credentials: {reason}"),
+        },
+        (error, _) => error,
+    }
+}
+
+fn basic_grant(
+    repository: &Repository,
+    credentials: Option<Credentials>,
+    trouble: Option<&str>,
+) -> Result<Grant, RegistryError> {
+    let host = repository.host();
+    let reason = match credentials {
+        Some(Credentials::Basic { username, password }) => {
+            let header = basic(&username, password.expose());
+            return grant(
+                repository,
+                &header,
+                GrantForm::Basic(username, password),
+                None,
+            );
+        }
+        Some(_) => format!(
+            "{host} wants a user name and password, and the credential file has only a token for it"
+        ),
+        None => {
+            let why = trouble.unwrap_or("no credential file has any for it");
+            format!(
+                "{host} wants a user name and password, and {why}; log in with `ocifs login {host}`, `docker login {host}` or \
+                 `podman login {host}`"
+            )
+        }
+    };
+    Err(RegistryError::Denied {
+        what: repository.to_string(),
+        status: 401,
+        reason,
+    })
 }
 
 /// `Basic …` (RFC 7617).
@@ -292,6 +418,8 @@ fn grant(
         form,
         renew_at: lifetime.map(|lifetime| now + usable(lifetime)),
         half_life: lifetime.map(|lifetime| now + lifetime / 2),
+        from: None,
+        trouble: None,
     })
 }
 
@@ -325,7 +453,7 @@ mod tests {
     #[test]
     fn a_token_that_would_split_the_header_is_refused() {
         let repository = Repository::new("h.io", "x").unwrap();
-        let form = || GrantForm::Bearer(crate::base::Secret::new("x"));
+        let form = || GrantForm::Bearer(Secret::new("x"));
         assert!(grant(&repository, "Bearer a\r\nX: y", form(), None).is_err());
         let grant = grant(&repository, "Bearer hunter2", form(), None).unwrap();
         assert!(!format!("{grant:?}").contains("hunter2"));

@@ -5,7 +5,7 @@ use std::future::Future;
 use reqwest::header::{HeaderValue, WWW_AUTHENTICATE};
 use reqwest::{Method, Url};
 
-use super::auth::{Action, Auth, GrantForm, Known, Place};
+use super::auth::{self, Action, Auth, GrantForm, Known, Place};
 use super::challenge::{self, Challenge};
 use super::error::{bounded, chain};
 use super::range::KeptUrls;
@@ -112,6 +112,13 @@ impl Client {
         };
         let known = self.auth.known(&self.transport, place).await?;
         let answer = self.send(call, url.clone(), &known).await?;
+        if answer.response.status() == 403 && !answer.foreign {
+            // A password that has expired, perhaps, and was written anew.
+            return match self.auth.reread(&self.transport, place, &known).await? {
+                Some(known) => self.send(call, url, &known).await,
+                None => self.granted(call, answer, &known).await,
+            };
+        }
         if answer.response.status() != 401 || answer.foreign {
             return Ok(answer);
         }
@@ -124,6 +131,7 @@ impl Client {
             .renew(&self.transport, place, challenge, &known)
             .await?;
         let answer = self.send(call, url, &known).await?;
+        let answer = self.granted(call, answer, &known).await?;
         // That a login is wrong is the one thing that a second 401 tells for certain; a token may lack a right.
         if answer.response.status() == 401
             && !answer.foreign
@@ -140,6 +148,23 @@ impl Client {
             });
         }
         Ok(answer)
+    }
+
+    /// A refusal for want of credentials says why there were none.
+    async fn granted(
+        &self,
+        call: &Call<'_>,
+        answer: Answer,
+        known: &Known,
+    ) -> Result<Answer, RegistryError> {
+        let trouble = known
+            .grant
+            .as_ref()
+            .and_then(|grant| grant.trouble.as_deref());
+        if trouble.is_none() || !matches!(answer.response.status().as_u16(), 401 | 403) {
+            return Ok(answer);
+        }
+        Err(auth::explained(self.refusal(answer, call).await, trouble))
     }
 
     async fn send(

@@ -11,14 +11,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::io::AsyncRead;
 
-use crate::base::{ByteRange, Deadline, Digest};
+use crate::base::{ByteRange, Deadline, Digest, Secret};
 
 mod address;
 mod auth;
+mod authfile;
 mod challenge;
 mod client;
 mod credentials;
 mod error;
+mod helper;
+mod keep;
+mod login;
 mod manifest;
 mod push;
 mod range;
@@ -34,6 +38,8 @@ mod transport;
 
 pub use credentials::default_auth_files;
 pub use error::RegistryError;
+pub use keep::{KeepError, Kept, forget_login, keep_login};
+pub use login::Accepted;
 pub use manifest::{Manifest, Resolved};
 pub use push::Pushed;
 pub use range::{BlobBody, BodyStream};
@@ -66,6 +72,22 @@ impl Registry {
         Ok(Self {
             client: Arc::new(client::Client::new(config)?),
         })
+    }
+
+    /// Whether a registry takes a login; `<token>` as the user's name marks an identity token.
+    ///
+    /// # Errors
+    /// [`RegistryError::Denied`] when it does not.
+    pub async fn check_login(
+        &self,
+        host: &str,
+        username: &str,
+        password: &Secret,
+        deadline: Deadline,
+    ) -> Result<Accepted, RegistryError> {
+        self.client
+            .check_login(host, username, password, deadline)
+            .await
     }
 
     /// Asks what a reference's tag (or `latest`) points at: HEAD (free at Docker Hub), GET where HEAD tells no digest.

@@ -6,7 +6,7 @@ use reqwest::{Method, Url};
 
 use super::RegistryError;
 use super::address::{address_of, shown};
-use super::auth::{Place, basic, header_value};
+use super::auth::{basic, header_value};
 use super::credentials::Credentials;
 use super::error::denial;
 use super::transport::{Ask, Transport};
@@ -28,12 +28,35 @@ pub(super) struct TokenServer<'a> {
     pub(super) scopes: &'a [String],
 }
 
-/// The request for a token: GET with Basic credentials or none, POST with a refresh token (OAuth 2.0, RFC 6749 section 6).
+/// Who wants a token.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wants<'a> {
+    /// Scheme and address of the registry.
+    pub(super) root: &'a Url,
+    /// The registry's name, for whoever is to log in.
+    pub(super) host: &'a str,
+    /// What the token is for, for errors.
+    pub(super) what: &'a str,
+}
+
+/// How a token is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grant {
+    /// GET with Basic credentials or none (distribution, "Token Authentication Specification").
+    Query,
+    /// POST of a user name and password, for servers that know no GET (RFC 6749, section 4.3).
+    Password,
+    /// POST of a refresh token (section 6).
+    Refresh,
+}
+
+/// The request for a token.
 fn request(
     transport: &Transport,
-    place: Place<'_>,
+    wants: Wants<'_>,
     server: TokenServer<'_>,
-    credentials: Option<Credentials>,
+    grant: Grant,
+    credentials: Option<&Credentials>,
 ) -> Result<Ask, RegistryError> {
     let TokenServer {
         realm,
@@ -41,26 +64,39 @@ fn request(
         scopes,
     } = server;
     let refuse = |reason: String| RegistryError::Protocol {
-        what: place.repository.to_string(),
+        what: wants.what.to_owned(),
         reason: format!("the registry's token server is not usable: {reason}"),
     };
     let mut url = Url::parse(realm).map_err(|error| refuse(error.to_string()))?;
-    transport.plain().allow(place.root, &url).map_err(refuse)?;
+    transport.plain().allow(wants.root, &url).map_err(refuse)?;
     url.set_fragment(None);
-    if let Some(Credentials::Identity(refresh)) = credentials {
+    let form = |kind: &str, secrets: &[(&str, &str)]| {
         let mut form =
             Url::parse("http://form.invalid/").map_err(|error| refuse(error.to_string()))?;
         form.query_pairs_mut()
-            .append_pair("grant_type", "refresh_token")
+            .append_pair("grant_type", kind)
             .append_pair("client_id", "ocifs")
             .append_pair("service", service.unwrap_or_default())
             .append_pair("scope", &scopes.join(" "))
-            .append_pair("refresh_token", refresh.expose());
+            .extend_pairs(secrets);
         let form = form.query().map(Secret::new);
-        return Ok(Ask {
+        Ok(Ask {
             form,
-            ..Ask::new(Method::POST, url)
-        });
+            ..Ask::new(Method::POST, url.clone())
+        })
+    };
+    match (grant, credentials) {
+        (Grant::Refresh, Some(Credentials::Identity(refresh))) => {
+            return form("refresh_token", &[("refresh_token", refresh.expose())]);
+        }
+        (Grant::Password, Some(Credentials::Basic { username, password })) => {
+            let password = password.expose();
+            return form(
+                "password",
+                &[("username", username), ("password", password)],
+            );
+        }
+        _ => {}
     }
     {
         let mut query = url.query_pairs_mut();
@@ -74,7 +110,7 @@ fn request(
     let mut ask = Ask::new(Method::GET, url);
     if let Some(Credentials::Basic { username, password }) = credentials {
         ask.authorization = Some(
-            header_value(&basic(&username, password.expose()))
+            header_value(&basic(username, password.expose()))
                 .ok_or_else(|| refuse("unusable login".to_owned()))?,
         );
     }
@@ -87,30 +123,72 @@ struct TokenAnswer {
     token: Option<String>,
     access_token: Option<String>,
     expires_in: Option<f64>,
+    refresh_token: Option<String>,
 }
 
-/// Fetches a token; gives it and its lifetime.
+/// What a token server gave.
+#[derive(Debug)]
+pub(super) struct Token {
+    /// The bearer token.
+    pub(super) token: Secret,
+    /// How long it lives from now on.
+    pub(super) lifetime: Duration,
+    /// The refresh token to use from now on in place of the one that was sent.
+    pub(super) refresh: Option<Secret>,
+}
+
+/// Fetches a token.
 pub(super) async fn fetch(
     transport: &Transport,
-    place: Place<'_>,
+    wants: Wants<'_>,
     server: TokenServer<'_>,
     credentials: Option<Credentials>,
-) -> Result<(Secret, Duration), RegistryError> {
-    let ask = request(transport, place, server, credentials)?;
-    let repository = place.repository;
-    let what = format!("token for {repository} from {}", shown(&ask.url));
-    tracing::debug!(%repository, realm = %shown(&ask.url), anonymous = ask.authorization.is_none() && ask.form.is_none(), "asking for a token");
-    let mut answer = transport.send(&ask, &what).await?;
+) -> Result<Token, RegistryError> {
+    let what = format!("token for {}", wants.what);
+    let send = async |grant| {
+        let ask = request(transport, wants, server, grant, credentials.as_ref())?;
+        let host = address_of(&ask.url);
+        tracing::debug!(realm = %shown(&ask.url), ?grant, "asking for a token");
+        let answer = transport.send(&ask, &what).await?;
+        Ok::<_, RegistryError>((answer, host))
+    };
+    let first = match credentials {
+        Some(Credentials::Identity(_)) => Grant::Refresh,
+        _ => Grant::Query,
+    };
+    let (mut answer, realm_host) = send(first).await?;
+    // A server that knows the OAuth 2.0 way alone does not answer GET; only what is no route of it gives these statuses.
+    if matches!(answer.response.status().as_u16(), 404 | 405 | 501)
+        && matches!(credentials, Some(Credentials::Basic { .. }))
+    {
+        let (other, _) = send(Grant::Password).await?;
+        if other.response.status().is_success() {
+            answer = other;
+        }
+    }
     let status = answer.response.status();
     if !status.is_success() {
-        let realm_host = address_of(&ask.url);
-        let refused = transport.refusal(answer, &what, repository.host()).await;
-        // Some token servers answer 404 to a wrong login; what helps is the same as with 401.
+        let host = wants.host;
+        let refused = transport.refusal(answer, &what, host).await;
+        // Some token servers answer 404 to a wrong login, and 400 to a refresh token that has expired (RFC 6749, section 5.2).
         return Err(match refused {
             RegistryError::NotFound { what } => RegistryError::Denied {
                 what,
                 status: 404,
-                reason: denial(&format!("{realm_host} gives no token"), repository.host()),
+                reason: denial(&format!("{realm_host} gives no token"), host),
+            },
+            RegistryError::Status {
+                what,
+                status: 400,
+                reason,
+                ..
+            } if first == Grant::Refresh => RegistryError::Denied {
+                what,
+                status: 400,
+                reason: denial(
+                    &format!("the identity token is not accepted: {reason}"),
+                    host,
+                ),
             },
             other => other,
         });
@@ -130,7 +208,14 @@ pub(super) async fn fetch(
         .flatten()
         .find(|token| !token.is_empty())
         .ok_or_else(|| bad("the answer has no token"))?;
-    Ok((Secret::new(token), lifetime(parsed.expires_in)))
+    Ok(Token {
+        token: Secret::new(token),
+        lifetime: lifetime(parsed.expires_in),
+        refresh: parsed
+            .refresh_token
+            .filter(|refresh| !refresh.is_empty())
+            .map(Secret::new),
+    })
 }
 
 /// The lifetime that `expires_in` gives, at most a day.

@@ -12,6 +12,7 @@
 mod support;
 
 mod cache;
+mod credentials;
 mod demo;
 mod helpers;
 mod hostile;

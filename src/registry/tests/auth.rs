@@ -210,6 +210,122 @@ async fn an_identity_token_is_posted_as_a_refresh_token() {
 }
 
 #[tokio::test]
+async fn a_refresh_token_that_was_replaced_is_not_sent_again() {
+    let (server, valid) = bearer(|request, n| {
+        let body = std::str::from_utf8(&request.body).unwrap();
+        let sent = body.rsplit('=').next().unwrap();
+        match (n, sent) {
+            (1, "first") => reply(200, r#"{"access_token":"t1","refresh_token":"second"}"#),
+            (2, "second") => reply(200, r#"{"access_token":"t2"}"#),
+            // It has forgotten the second, and somebody has written a new one into the file.
+            (3, "second") | (4, "first") => reply(400, r#"{"error":"invalid_grant"}"#),
+            (5, "third") => reply(200, r#"{"access_token":"t5"}"#),
+            other => reply(500, format!("{other:?}")),
+        }
+    });
+    let entry = |token: &str| format!(r#""{}":{{"identitytoken":"{token}"}}"#, server.address);
+    let (registry, dir) = registry_with(&entry("first"));
+    let reference = server.reference("v1");
+    for n in 1..=2 {
+        registry.resolve(&reference, soon()).await.unwrap();
+        assert_eq!(server.count("/token"), n);
+        *valid.lock().unwrap() = "forgotten".to_owned();
+    }
+    for n in 3..=4 {
+        let error = registry.resolve(&reference, soon()).await.unwrap_err();
+        assert!(
+            matches!(error, RegistryError::Denied { .. }),
+            "{n}: {error:?}"
+        );
+        assert!(error.to_string().contains("identity token"), "{error}");
+    }
+    let file = dir.path().join("config.json");
+    std::fs::write(file, format!(r#"{{"auths":{{{}}}}}"#, entry("third"))).unwrap();
+    registry.resolve(&reference, soon()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_token_server_that_knows_no_get_is_posted_the_password() {
+    let (server, _) = bearer(|request, n| {
+        let body = std::str::from_utf8(&request.body).unwrap();
+        match request.method.as_str() {
+            "GET" => reply(405, ""),
+            _ if body.starts_with(
+                "grant_type=password&client_id=ocifs&service=a%2Cb+%22c%22&scope=repository",
+            ) && body.ends_with("&username=alice&password=s3cret") =>
+            {
+                token(n, "")
+            }
+            _ => reply(401, r#"{"error":"invalid_grant"}"#),
+        }
+    });
+    let with = |auth: &str| registry_with(&format!(r#""{}":{{"auth":"{auth}"}}"#, server.address));
+    let (registry, _dir) = with("YWxpY2U6czNjcmV0");
+    registry
+        .resolve(&server.reference("v1"), soon())
+        .await
+        .unwrap();
+    assert!(
+        server
+            .seen()
+            .iter()
+            .all(|request| !request.target.contains("s3cret")),
+        "never in a URL"
+    );
+    let (wrong, _dir) = with("YTpi");
+    let error = wrong
+        .resolve(&server.reference("v1"), soon())
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("405"),
+        "what the first way was answered: {error}"
+    );
+}
+
+#[tokio::test]
+async fn a_403_is_met_with_the_password_that_was_written_since() {
+    let expired = "Basic YWxpY2U6b2xk"; // alice:old
+    let server = Server::start(move |request| match request.header("authorization") {
+        "" => reply(401, "").header("WWW-Authenticate", "Basic realm=x"),
+        "Basic YWxpY2U6czNjcmV0" => found(),
+        authorization if authorization == expired => reply(
+            403,
+            r#"{"errors":[{"code":"DENIED","message":"Your authorization token has expired."}]}"#,
+        )
+        .header("Docker-Distribution-Api-Version", "registry/2.0"),
+        other => reply(500, other),
+    });
+    let entry = |auth: &str| {
+        format!(
+            r#"{{"auths":{{"{}":{{"auth":"{auth}"}}}}}}"#,
+            server.address
+        )
+    };
+    let (registry, dir) = registry_with(&format!(
+        r#""{}":{{"auth":"YWxpY2U6b2xk"}}"#,
+        server.address
+    ));
+    let digest = Digest::of(b"x");
+    let repository = server.repository();
+    let get = || registry.manifest(&repository, &digest, soon());
+    let error = get().await.unwrap_err();
+    assert!(error.to_string().contains("has expired"), "{error}");
+    let asked = server.seen().len();
+    get().await.unwrap_err();
+    assert_eq!(
+        server.seen().len(),
+        asked + 1,
+        "the same password is not tried twice"
+    );
+    std::fs::write(dir.path().join("config.json"), entry("YWxpY2U6czNjcmV0")).unwrap();
+    registry
+        .resolve(&server.reference("v1"), soon())
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
 async fn basic_where_only_the_root_has_a_challenge() {
     let server =
         Server::start(

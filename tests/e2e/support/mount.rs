@@ -47,11 +47,21 @@ pub struct Mount {
 impl Mount {
     /// With these flags beside `--cache-dir`.
     pub fn start<S: AsRef<OsStr>>(cache: &Path, flags: impl IntoIterator<Item = S>) -> Self {
+        Self::start_as(cache, flags, |_| {})
+    }
+
+    /// The same, with the command changed before it is run: its environment, say.
+    pub fn start_as<S: AsRef<OsStr>>(
+        cache: &Path,
+        flags: impl IntoIterator<Item = S>,
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let dir = super::scratch("mount");
         let point = dir.path().join("models");
         fs::create_dir(&point).unwrap();
         let mut command = ocifs(["mount", "--foreground", "--cache-dir"]);
         command.arg(cache).args(flags).arg(&point);
+        change(&mut command);
         let mut daemon = Daemon::start("ocifs mount", &mut command, &dir.path().join("log"));
         let up = eventually(PATIENCE, "the mount comes up", || {
             if is_mounted(&point) {

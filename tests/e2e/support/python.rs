@@ -27,8 +27,8 @@ fn interpreter() -> PathBuf {
     python
 }
 
-/// Runs `tests/py/SCRIPT` with these arguments.
-pub fn python<S: AsRef<OsStr>>(script: &str, args: impl IntoIterator<Item = S>) -> Output {
+/// The command that runs `tests/py/SCRIPT`.
+pub fn command(script: &str) -> Command {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/py")
         .join(script);
@@ -37,10 +37,14 @@ pub fn python<S: AsRef<OsStr>>(script: &str, args: impl IntoIterator<Item = S>) 
     command
         .arg("-B")
         .arg(file)
-        .args(args)
         .env("HF_HUB_OFFLINE", "1")
         .env("TOKENIZERS_PARALLELISM", "false");
-    run_command(&mut command, Duration::from_secs(400))
+    command
+}
+
+/// Runs `tests/py/SCRIPT` with these arguments.
+pub fn python<S: AsRef<OsStr>>(script: &str, args: impl IntoIterator<Item = S>) -> Output {
+    run_command(command(script).args(args), Duration::from_secs(400))
 }
 
 /// Runs a module of the environment, as `python -m MODULE`.

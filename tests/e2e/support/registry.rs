@@ -166,12 +166,7 @@ impl Registry {
     fn skopeo_options(&self, side: &str) -> Vec<String> {
         let mut options = Vec::new();
         match &self.certs {
-            Some(certs) => {
-                let dir = self.dir.path().join("skopeo-certs");
-                fs::create_dir_all(&dir).unwrap();
-                fs::copy(&certs.ca, dir.join("ca.crt")).unwrap();
-                options.push(format!("--{side}cert-dir={}", dir.display()));
-            }
+            Some(_) => options.push(format!("--{side}cert-dir={}", self.cert_dir().display())),
             None => options.push(format!("--{side}tls-verify=false")),
         }
         match self.access {
@@ -181,6 +176,24 @@ impl Registry {
             }
         }
         options
+    }
+
+    /// Gives the user another password (with [`Access::Htpasswd`]); the running registry takes it from now on.
+    pub fn set_password(&self, password: &str) {
+        let line = run("htpasswd", ["-Bbn", USER, password]).ok();
+        fs::write(self.dir.path().join("htpasswd"), line.trim()).unwrap();
+    }
+
+    /// The directory with its certificate authority, as skopeo's `--cert-dir` wants it.
+    pub fn cert_dir(&self) -> PathBuf {
+        let dir = self.dir.path().join("skopeo-certs");
+        fs::create_dir_all(&dir).unwrap();
+        fs::copy(
+            self.ca().expect("the registry speaks TLS"),
+            dir.join("ca.crt"),
+        )
+        .unwrap();
+        dir
     }
 
     /// The file that holds a blob, to look at or to damage.

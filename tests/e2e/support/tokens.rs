@@ -1,6 +1,6 @@
 //! A token server as registries name it in their challenge (distribution's token authentication specification).
 
-use std::io::{BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,13 +12,16 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 
-use super::http::{Head, Listener, response};
+use super::http::{Head, Listener, copy_chunked, response};
 use super::process::{run, run_with_input};
 
 /// The only user.
 pub const USER: &str = "alice";
 /// Her password.
 pub const PASSWORD: &str = "s3cret";
+
+/// A refresh token of hers, as an identity provider gives it.
+pub const REFRESH: &str = "r3fresh&token";
 
 /// The registry accepts a token for this long after it has expired.
 pub const LEEWAY: Duration = Duration::from_secs(60);
@@ -35,6 +38,7 @@ struct Shared {
     issued: AtomicUsize,
     refused: AtomicUsize,
     scopes: Mutex<Vec<String>>,
+    grants: Mutex<Vec<String>>,
 }
 
 /// The token server; ends when dropped.
@@ -88,6 +92,7 @@ impl Tokens {
             issued: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
             scopes: Mutex::default(),
+            grants: Mutex::default(),
         });
         let state = shared.clone();
         Self {
@@ -138,6 +143,11 @@ impl Tokens {
         self.shared.refused.load(Ordering::Relaxed)
     }
 
+    /// The method of every request, with the `grant_type` of its form.
+    pub fn grants(&self) -> Vec<String> {
+        self.shared.grants.lock().unwrap().clone()
+    }
+
     /// Every scope that was asked for.
     pub fn scopes(&self) -> Vec<String> {
         self.shared.scopes.lock().unwrap().clone()
@@ -151,10 +161,9 @@ impl Shared {
         };
         let mut reader = BufReader::new(stream);
         while let Some(head) = Head::read(&mut reader) {
-            let mut form = vec![0; head.length().unwrap_or(0).min(1 << 16) as usize];
-            if reader.read_exact(&mut form).is_err() {
+            let Ok(form) = body(&mut reader, &head) else {
                 return;
-            }
+            };
             let form = String::from_utf8_lossy(&form).into_owned();
             let (status, body) = self.token(&head, &form);
             let headers: &[(&str, &str)] = match status {
@@ -198,7 +207,16 @@ impl Shared {
         let password = field("username")
             .zip(field("password"))
             .map(|(user, word)| format!("{user}:{word}"));
-        let user = match basic.or(password) {
+        let refresh = field("refresh_token").map(|token| match token {
+            REFRESH => format!("{USER}:{PASSWORD}"),
+            _ => String::new(),
+        });
+        let grant = field("grant_type").unwrap_or_default();
+        self.grants
+            .lock()
+            .unwrap()
+            .push(format!("{} {grant}", head.method()).trim().to_owned());
+        let user = match basic.or(password).or(refresh) {
             Some(pair) if pair == format!("{USER}:{PASSWORD}") => Some(USER),
             Some(_) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
@@ -269,6 +287,30 @@ impl Shared {
         openssl.args(["dgst", "-sha256", "-sign"]).arg(&self.key);
         let signature = run_with_input(&mut openssl, signed.as_bytes(), super::PATIENCE).ok_bytes();
         format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+    }
+}
+
+/// A request's body, of announced length or in chunks, as skopeo sends its form.
+fn body(reader: &mut impl BufRead, head: &Head) -> std::io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    if !head.is_chunked() {
+        let length = head.length().unwrap_or(0).min(1 << 16);
+        reader.take(length).read_to_end(&mut body)?;
+        return Ok(body);
+    }
+    let mut raw = Vec::new();
+    copy_chunked(reader, &mut raw)?;
+    let mut rest = raw.as_slice();
+    loop {
+        let mut size = String::new();
+        rest.read_line(&mut size)?;
+        match usize::from_str_radix(size.trim(), 16) {
+            Ok(size) if size > 0 && rest.len() >= size + 2 => {
+                body.extend_from_slice(&rest[..size]);
+                rest = &rest[size + 2..];
+            }
+            _ => return Ok(body),
+        }
     }
 }
 
