@@ -289,6 +289,8 @@ pub struct Settings {
     pub allow_other: bool,
     /// For the registry client.
     pub registry: RegistryConfig,
+    /// The credential file that a login is written to; `None` without a home.
+    pub login_file: Option<PathBuf>,
     /// For lazy blobs.
     pub blob: BlobConfig,
     /// For models.
@@ -445,8 +447,18 @@ impl Settings {
                     .collect::<Vec<_>>(),
             )
         };
+        // The first that was named; else docker's, which podman reads too.
+        let login_file = paths("auth-file")
+            .and_then(|files| files.into_iter().next())
+            .or_else(|| surroundings.path("REGISTRY_AUTH_FILE"))
+            .or_else(|| {
+                let dir = surroundings.path("DOCKER_CONFIG");
+                let dir = dir.or_else(|| Some(surroundings.path("HOME")?.join(".docker")))?;
+                Some(dir.join("config.json"))
+            });
         Ok(Self {
             cache_dir,
+            login_file,
             passthrough: values.read("passthrough", yes_or_no)?.unwrap_or(true),
             nonempty: values.read("nonempty", yes_or_no)?.unwrap_or(false),
             runtime_dir,

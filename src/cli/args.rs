@@ -66,6 +66,10 @@ pub enum Command {
     Refresh(Refresh),
     /// Serve an OCI layout, or the cache, as a read-only registry.
     Serve(Serve),
+    /// Prove a login to a registry and keep it where docker and podman find it.
+    Login(Login),
+    /// Forget a registry's login.
+    Logout(Logout),
     /// Look into the cache, make room in it, check it.
     #[command(subcommand)]
     Cache(CacheCommand),
@@ -90,13 +94,22 @@ pub struct CacheArgs {
 /// How to reach registries.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Registry")]
-pub struct RegistryArgs {
+pub struct ReachArgs {
     /// Speak plain HTTP with HOST (registry.lan:5000), as is done with loopback addresses anyway; repeatable.
     #[arg(long, value_name = "HOST")]
     pub plain_http: Vec<String>,
     /// Trust the certificate authorities in the PEM file FILE as well; repeatable.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub ca_file: Vec<String>,
+}
+
+/// How to reach registries, and as whom.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Registry")]
+pub struct RegistryArgs {
+    /// How to reach them.
+    #[command(flatten)]
+    pub reach: ReachArgs,
     /// Take credentials from FILE; repeatable. [default: where docker login and podman login put them]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub auth_file: Vec<String>,
@@ -332,6 +345,43 @@ pub struct Serve {
     /// The address to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:5000")]
     pub listen: SocketAddr,
+}
+
+/// `ocifs login`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs login ghcr.io                      asks for the user and the password\n  \
+    ocifs login -u alice --password-stdin registry.lan:5000 <token.txt\n  \
+    ocifs login                              Docker Hub\n\n\
+    The registry is asked first; a login that it refuses is not kept. What is kept is what `docker login` and `podman login`\n\
+    keep: with the credential helper that the file names, else in the file itself (mode 0600, not encrypted).")]
+pub struct Login {
+    /// The registry: HOST[:PORT], with podman also a namespace of it (quay.io/org). [default: docker.io]
+    #[arg(value_name = "HOST")]
+    pub host: Option<String>,
+    /// The user's name; `<token>` for an identity token. [default: asked for]
+    #[arg(long, short, value_name = "USER")]
+    pub username: Option<String>,
+    /// Read the password, or an access token in its place, from stdin. [default: asked for, not shown]
+    #[arg(long)]
+    pub password_stdin: bool,
+    /// Keep it in FILE. [default: $REGISTRY_AUTH_FILE, else $DOCKER_CONFIG/config.json, else ~/.docker/config.json]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub auth_file: Option<PathBuf>,
+    /// How to reach the registry.
+    #[command(flatten)]
+    pub reach: ReachArgs,
+}
+
+/// `ocifs logout`.
+#[derive(Debug, Args)]
+pub struct Logout {
+    /// The registry, as it was given to `login`. [default: docker.io]
+    #[arg(value_name = "HOST")]
+    pub host: Option<String>,
+    /// Forget the login in FILE. [default: where `ocifs login` keeps it]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub auth_file: Option<PathBuf>,
 }
 
 /// `ocifs cache …`.

@@ -205,11 +205,11 @@ fn of_registry(error: &RegistryError) -> Explained {
         RegistryError::NotFound { .. } => (
             Exit::NotFound,
             "check the name and the tag; some registries also say so to those who may not see a private repository \
-             (`docker login HOST`)",
+             (`ocifs login HOST`)",
         ),
         RegistryError::Denied { .. } => (
             Exit::Denied,
-            "log in with `docker login HOST` or `podman login HOST`, or name a credential file with --auth-file",
+            "log in with `ocifs login HOST`, `docker login HOST` or `podman login HOST`, or name a credential file with --auth-file",
         ),
         RegistryError::WrongDigest { .. } => (
             Exit::Corrupt,

@@ -11,10 +11,12 @@ mod explain;
 mod inspect;
 mod interrupt;
 mod limit;
+mod login;
 mod ls;
 mod mount;
 mod output;
 mod progress;
+mod prompt;
 mod pull;
 mod push;
 mod refresh;
@@ -68,6 +70,8 @@ fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Pull(args) => pull::run(global, args),
         Command::Push(args) => push::run(global, args),
         Command::Serve(args) => serve::run(args),
+        Command::Login(args) => login::login(global, args),
+        Command::Logout(args) => login::logout(global, args),
         Command::Demo(args) => demo::run(args),
     }
 }

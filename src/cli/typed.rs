@@ -1,6 +1,6 @@
 //! From flags to settings: which flag gives which, and that `-o` comes after flags.
 
-use super::args::{CacheArgs, Mount, Reading, RegistryArgs};
+use super::args::{CacheArgs, Mount, ReachArgs, Reading, RegistryArgs};
 use crate::config::{ConfigError, Origin, Setting, Values, mount_options};
 
 impl CacheArgs {
@@ -17,10 +17,23 @@ impl CacheArgs {
     }
 }
 
-impl RegistryArgs {
+impl ReachArgs {
     fn give(&self, values: &mut Values) {
         many(values, "plain-http", &self.plain_http);
         many(values, "ca-file", &self.ca_file);
+    }
+
+    /// What was typed, by setting.
+    pub fn values(&self) -> Values {
+        let mut values = Values::default();
+        self.give(&mut values);
+        values
+    }
+}
+
+impl RegistryArgs {
+    fn give(&self, values: &mut Values) {
+        self.reach.give(values);
         many(values, "auth-file", &self.auth_file);
     }
 

@@ -145,6 +145,21 @@ fn values_of_all_shapes_arrive() {
 }
 
 #[test]
+fn a_login_goes_where_docker_and_podman_look() {
+    let written = |case: Case, options: &[&str]| case.resolve(options).unwrap().login_file.unwrap();
+    let home = written(Case::new(), &[]);
+    assert!(home.ends_with(".docker/config.json"), "{home:?}");
+    let docker = || Case::new().variable("DOCKER_CONFIG", "/docker");
+    assert_eq!(written(docker(), &[]), Path::new("/docker/config.json"));
+    let podman = || docker().variable("REGISTRY_AUTH_FILE", "/podman.json");
+    assert_eq!(written(podman(), &[]), Path::new("/podman.json"));
+    assert_eq!(
+        written(podman(), &["auth-file=/own.json:/other.json"]),
+        Path::new("/own.json")
+    );
+}
+
+#[test]
 fn a_url_is_no_host_and_a_named_credential_file_must_exist() {
     let url = Case::new()
         .resolve(&["plain-http=http://r.lan"])

@@ -18,6 +18,7 @@ mod helpers;
 mod hostile;
 mod lies;
 mod loaders;
+mod login;
 mod naming;
 mod offline;
 mod passthrough;
