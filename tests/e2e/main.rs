@@ -14,6 +14,7 @@ mod support;
 mod cache;
 mod credentials;
 mod demo;
+mod formats;
 mod helpers;
 mod hostile;
 mod lies;

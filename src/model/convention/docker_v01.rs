@@ -26,7 +26,7 @@ fn steps(manifest: &Manifest) -> Vec<Step> {
     let ggufs = layers()
         .filter(|(_, layer)| kind(&layer.media_type) == Some("gguf.v3"))
         .count();
-    let (mut gguf, mut licenses) = (0, 0);
+    let (mut gguf, mut licenses, mut loras) = (0, 0, 0);
     let (mut files, mut tars, mut last) = (Vec::new(), Vec::new(), Vec::new());
     let mut has_config = false;
     for (n, layer) in layers() {
@@ -41,6 +41,15 @@ fn steps(manifest: &Manifest) -> Vec<Step> {
             Some("gguf.v3") => {
                 gguf += 1;
                 files.push(keep(n, Role::File(plain_name(gguf, ggufs, ".gguf"))));
+            }
+            // Of the specification only: model-runner knows no name for it.
+            Some("gguf.v3.lora") => {
+                loras += 1;
+                let name = match loras {
+                    1 => "lora.gguf".to_owned(),
+                    n => format!("lora-{n}.gguf"),
+                };
+                files.push(keep(n, Role::File(path.unwrap_or(name))));
             }
             Some("mmproj" | "gguf.v3.mmproj") => files.push(keep(n, file("model.mmproj"))),
             Some("chat.template.jinja") => files.push(keep(n, file("template.jinja"))),
@@ -136,6 +145,8 @@ mod tests {
             "chat.template.jinja",
             "dduf",
             "license",
+            "gguf.v3.lora",
+            "gguf.v3.lora",
         ]
         .map(|k| (k, &[][..]));
         assert_eq!(
@@ -148,6 +159,8 @@ mod tests {
                 file(4, "template.jinja"),
                 file(5, "model.dduf"),
                 file(6, "LICENSE-2"),
+                file(7, "lora.gguf"),
+                file(8, "lora-2.gguf"),
             ]
         );
     }
