@@ -128,6 +128,16 @@ pub enum BlobError {
         /// The range.
         range: ByteRange,
     },
+    /// It is compressed, and what it holds cannot be had.
+    #[error("blob {digest}: {reason}")]
+    Undecodable {
+        /// The blob.
+        digest: Digest,
+        /// Why, for people.
+        reason: String,
+        /// Whether it will be so the next time too.
+        lasting: bool,
+    },
     /// The cache cannot keep the blob, so it cannot be completed.
     #[error("blob {digest} ({size} bytes) does not fit into the cache beside what is in use there")]
     NoRoom {

@@ -10,7 +10,9 @@
 //!     ├── lock                     flock(2): exclusive while index.json changes or blobs are evicted
 //!     ├── partial/<hex>.data       a blob on its way: sparse, of its final length
 //!     ├── partial/<hex>.map        which chunks of it are there (`chunkmap.rs`)
-//!     └── tags/<hex>.json          what a tag was last known to point at (`tags.rs`)
+//!     ├── tags/<hex>.json          what a tag was last known to point at (`tags.rs`)
+//!     ├── unpacked/<hex>.tar       a compressed layer on its way to its uncompressed form (`unpacked.rs`)
+//!     └── notes/<hex>.<kind>       what was found out about a verified layer (`notes.rs`)
 //! ```
 //!
 //! Files that are replaced as a whole are written under a temporary name in the same directory and renamed.
@@ -83,6 +85,8 @@ impl Layout {
             dir.to_owned(),
             layout.partial_dir(),
             layout.tags_dir(),
+            layout.unpacked_dir(),
+            layout.notes_dir(),
             layout.sealed_dir(),
         ] {
             fs::DirBuilder::new()
@@ -99,6 +103,7 @@ impl Layout {
             layout.dir.clone(),
             layout.partial_dir(),
             layout.tags_dir(),
+            layout.notes_dir(),
             layout.sealed_dir(),
         ] {
             remove_stale_temporaries(&sub);
@@ -139,6 +144,14 @@ impl Layout {
 
     pub(super) fn tags_dir(&self) -> PathBuf {
         self.dir.join("ocifs/tags")
+    }
+
+    pub(super) fn unpacked_dir(&self) -> PathBuf {
+        self.dir.join("ocifs/unpacked")
+    }
+
+    pub(super) fn notes_dir(&self) -> PathBuf {
+        self.dir.join("ocifs/notes")
     }
 
     pub(super) fn sealed(&self, digest: &Digest) -> PathBuf {

@@ -17,16 +17,20 @@ mod evict;
 mod index;
 mod layout;
 mod lock;
+mod notes;
 mod space;
 mod tags;
 #[cfg(test)]
 mod tests;
+mod unpacked;
 
 pub use entry::{Entry, Writer};
 pub use index::Published;
 pub use lock::Claim;
+pub use notes::NoteKind;
 pub use space::{Usage, Verdict};
 pub use tags::TagRecord;
+pub use unpacked::{Growing, Unpacker, Unpacking};
 
 use crate::base::Digest;
 use layout::Layout;

@@ -85,6 +85,8 @@ struct Found {
     allocated: u64,
     used: SystemTime,
     sealed: bool,
+    /// No blob, but something that was made of one: it takes room and may go, and is not listed.
+    aside: bool,
     data: PathBuf,
 }
 
@@ -246,7 +248,7 @@ impl Cache {
         }
         // Data before map: a map without its data is never believed.
         fs::remove_file(&found.data).map_err(failed)?;
-        if !found.sealed {
+        if !found.sealed && !found.aside {
             let _ = fs::remove_file(self.layout().map(&found.digest));
         }
         Ok(true)
@@ -274,6 +276,7 @@ impl Cache {
         let mut blobs: Vec<_> = self
             .scan()?
             .into_iter()
+            .filter(|found| !found.aside)
             .map(|found| BlobInfo {
                 digest: found.digest,
                 allocated: found.allocated,
@@ -396,9 +399,12 @@ impl Cache {
 
     fn scan(&self) -> Result<Vec<Found>, CacheError> {
         let mut blobs = Vec::new();
-        for (dir, suffix, sealed) in [
-            (self.layout().sealed_dir(), "", true),
-            (self.layout().partial_dir(), ".data", false),
+        for (dir, suffix, sealed, aside) in [
+            (self.layout().sealed_dir(), "", true, false),
+            (self.layout().partial_dir(), ".data", false, false),
+            (self.layout().unpacked_dir(), ".tar", false, true),
+            (self.layout().notes_dir(), ".listing", false, true),
+            (self.layout().notes_dir(), ".unpacked", false, true),
         ] {
             for entry in list_dir(&dir)? {
                 let name = entry.file_name();
@@ -413,7 +419,7 @@ impl Cache {
                 let Ok(metadata) = entry.metadata() else {
                     continue;
                 };
-                let map = if sealed {
+                let map = if sealed || aside {
                     0
                 } else {
                     blocks(fs::metadata(self.layout().map(&digest)))
@@ -424,6 +430,7 @@ impl Cache {
                     allocated: metadata.blocks() * 512 + map,
                     used: metadata.accessed().unwrap_or(SystemTime::UNIX_EPOCH),
                     sealed,
+                    aside,
                     data: entry.path(),
                 });
             }

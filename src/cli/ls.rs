@@ -9,8 +9,8 @@ use super::explain::Failure;
 use super::interrupt::unless_interrupted;
 use super::output::{Align, printable};
 use super::{context, output};
-use crate::base::{ByteRange, ByteSize};
-use crate::model::{Content, File};
+use crate::base::ByteSize;
+use crate::model::File;
 use crate::registry::Reference;
 
 pub(super) fn run(global: &Global, args: &Ls) -> Result<Exit> {
@@ -56,16 +56,9 @@ fn lies_in(file: &str, path: &str) -> bool {
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
-/// Bytes of a file that are in the cache.
-fn cached(file: &File) -> u64 {
-    match &file.content {
-        Content::Blob { blob, offset } => blob.cached_in(ByteRange::at(*offset, file.size)),
-        Content::Inline(_) => file.size,
-    }
-}
-
 fn row(file: &File) -> [String; 3] {
-    let percent = cached(file)
+    let percent = file
+        .cached()
         .saturating_mul(100)
         .checked_div(file.size)
         .unwrap_or(100);
@@ -80,7 +73,7 @@ fn document(file: &File) -> Value {
     json!({
         "path": file.path,
         "size": file.size,
-        "cached": cached(file),
+        "cached": file.cached(),
         "digest": file.digest,
         "mediaType": file.media_type,
     })

@@ -5,13 +5,19 @@ use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use crate::base::{ByteRange, Deadline, Digest, lock};
 use crate::blob::{BlobError, Blobs, Hold, LazyBlob};
 use crate::registry::{Reference, Repository};
 
 use super::ModelError;
+use super::chunked;
+use super::layout::{Placed, Source};
+use super::manifest::{Descriptor, Manifest};
+use super::tar::Listing;
+use super::unpacked::{Unpacked, UnpackedLayers};
+use crate::cache::NoteKind;
 
 /// Largest manifest that is read back from the cache; the registry client has its own bound.
 pub(super) const LARGEST_MANIFEST: u64 = 16 << 20;
@@ -42,6 +48,52 @@ pub(super) trait Fetch: Sync {
         blob: BlobId,
         range: ByteRange,
     ) -> impl Future<Output = Result<Bytes, ModelError>> + Send;
+    /// Makes the uncompressed form of a compressed layer whole and verified; gives its size.
+    fn unpack(&self, layer: &Descriptor) -> impl Future<Output = Result<u64, ModelError>> + Send;
+    /// Bytes of the uncompressed form of a layer.
+    fn peek_unpacked(
+        &self,
+        layer: &Descriptor,
+        range: ByteRange,
+    ) -> impl Future<Output = Result<Bytes, ModelError>> + Send;
+    /// What is known of a layer from before.
+    fn recall(&self, layer: &Digest) -> impl Future<Output = Option<Listing>> + Send;
+    /// Remembers what a verified layer holds.
+    fn remember(&self, layer: &Digest, listing: &Listing) -> impl Future<Output = ()> + Send;
+}
+
+/// Bytes of a file that is laid out, wherever they are; `range` lies within it and is not empty.
+pub(super) async fn peek_file<F: Fetch>(
+    fetch: &F,
+    manifest: &Manifest,
+    file: &Placed,
+    range: ByteRange,
+) -> Result<Bytes, ModelError> {
+    let at = |offset: u64| ByteRange::at(offset.saturating_add(range.start()), range.len());
+    match &file.source {
+        Source::Layer { layer, offset } => fetch.peek(manifest.blob(*layer), at(*offset)).await,
+        Source::Unpacked { layer, offset } => {
+            fetch
+                .peek_unpacked(&manifest.layers[*layer], at(*offset))
+                .await
+        }
+        Source::Chunks { layer, chunks } => {
+            let blob = manifest.blob(*layer);
+            let mut content = BytesMut::new();
+            for chunk in chunked::covering(chunks, range) {
+                let compressed = fetch.peek(blob, chunk.compressed()).await?;
+                chunk
+                    .give(&compressed, range, &mut content)
+                    .map_err(|reason| ModelError::Unusable {
+                        reference: fetch.what(&blob.digest),
+                        reason,
+                    })?;
+            }
+            Ok(content.freeze())
+        }
+        Source::Made(bytes) => Ok(bytes.slice(range.start() as usize..range.end() as usize)),
+        Source::Link(_) => Ok(Bytes::new()),
+    }
 }
 
 /// A verified blob as a whole; the caller has looked at its size.
@@ -70,12 +122,19 @@ pub(super) struct Remote {
     /// What a manifest may take.
     manifest_timeout: Duration,
     open: Mutex<HashMap<Digest, Hold>>,
+    layers: UnpackedLayers,
 }
 
 impl Remote {
     /// The blobs of `repository`, whose manifests may take `manifest_timeout` each.
-    pub(super) fn new(blobs: Blobs, repository: Repository, manifest_timeout: Duration) -> Self {
+    pub(super) fn new(
+        blobs: Blobs,
+        layers: UnpackedLayers,
+        repository: Repository,
+        manifest_timeout: Duration,
+    ) -> Self {
         Self {
+            layers,
             blobs,
             repository,
             manifest_timeout,
@@ -95,6 +154,10 @@ impl Remote {
                 .or_insert_with(open)
                 .blob(),
         )
+    }
+
+    fn unpacked(&self, layer: &Descriptor) -> Arc<Unpacked> {
+        self.layers.open(&self.lazy(layer.blob()), layer.diff_id)
     }
 
     fn blob_error(&self, blob: BlobId, source: BlobError) -> ModelError {
@@ -159,6 +222,47 @@ impl Fetch for Remote {
         lazy.peek(range, deadline)
             .await
             .map_err(|source| self.blob_error(blob, source))
+    }
+
+    async fn unpack(&self, layer: &Descriptor) -> Result<u64, ModelError> {
+        // Its size alone is enough to look into it; its bytes come when they are looked at.
+        let (cache, digest) = (self.blobs.cache().clone(), layer.digest);
+        let known = on_disk(move || cache.unpacked_size(&digest))
+            .await
+            .flatten();
+        if let Some(size) = known {
+            return Ok(size);
+        }
+        let unpacked = self.unpacked(layer).complete().await;
+        unpacked.map_err(|source| self.blob_error(layer.blob(), source))
+    }
+
+    async fn peek_unpacked(
+        &self,
+        layer: &Descriptor,
+        range: ByteRange,
+    ) -> Result<Bytes, ModelError> {
+        let read = self.unpacked(layer).read(range).await;
+        read.map_err(|source| self.blob_error(layer.blob(), source))
+    }
+
+    async fn recall(&self, layer: &Digest) -> Option<Listing> {
+        let (cache, layer) = (self.blobs.cache().clone(), *layer);
+        let recall = move || {
+            let note = cache.note(NoteKind::Listing, &layer)?;
+            Listing::from_note(&note)
+        };
+        on_disk(recall).await.flatten()
+    }
+
+    async fn remember(&self, layer: &Digest, listing: &Listing) {
+        let (cache, layer, listing) = (self.blobs.cache().clone(), *layer, listing.clone());
+        on_disk(move || {
+            if let Some(note) = listing.to_note() {
+                cache.set_note(NoteKind::Listing, &layer, &note);
+            }
+        })
+        .await;
     }
 }
 

@@ -1,14 +1,17 @@
 //! From steps to paths: which file stands where, what is hidden, and what is said about it. Pure.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::convention::{Clash, Role, Step};
+use super::chunked::Chunk;
+use super::convention::{Clash, Role, Step, Under};
 use super::manifest::Manifest;
 use super::names;
 use super::notes::{Notes, quote};
-use super::tar::{Listing, TarError};
+use super::overlay::is_whiteout;
+use super::tar::{Form, Item, Listing, Member, TarError};
 
 /// Most files of a model.
 pub(super) const MOST_FILES: usize = 200_000;
@@ -16,7 +19,7 @@ pub(super) const MOST_FILES: usize = 200_000;
 const MOST_NOTES: usize = 200;
 
 /// Where a file's bytes come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Source {
     /// From a layer, from this offset on.
     Layer {
@@ -25,12 +28,40 @@ pub(super) enum Source {
         /// The first byte's offset in the layer.
         offset: u64,
     },
+    /// From the uncompressed form of a layer, from this offset on.
+    Unpacked {
+        /// The layer's index in the manifest.
+        layer: usize,
+        /// The first byte's offset in the uncompressed form.
+        offset: u64,
+    },
+    /// From pieces of a layer that are compressed by themselves.
+    Chunks {
+        /// The layer's index in the manifest.
+        layer: usize,
+        /// The pieces, in the order of the file.
+        chunks: Arc<[Chunk]>,
+    },
     /// From memory.
     Made(Bytes),
+    /// Nowhere: it is a symbolic link to this.
+    Link(String),
+}
+
+impl Source {
+    /// The layer that it is of.
+    pub(super) fn layer(&self) -> Option<usize> {
+        match self {
+            Self::Layer { layer, .. }
+            | Self::Unpacked { layer, .. }
+            | Self::Chunks { layer, .. } => Some(*layer),
+            Self::Made(_) | Self::Link(_) => None,
+        }
+    }
 }
 
 /// A file without its path.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Placed {
     /// Size in bytes.
     pub(super) size: u64,
@@ -44,7 +75,7 @@ pub(super) struct Layout {
     /// Files by path; no path lies below another.
     pub(super) files: BTreeMap<String, Placed>,
     /// All ancestors of the files.
-    directories: HashSet<String>,
+    pub(super) directories: BTreeSet<String>,
     /// Layers to show under `.oci/blobs`.
     pub(super) hidden: BTreeSet<usize>,
     /// What is worth saying.
@@ -54,7 +85,7 @@ pub(super) struct Layout {
 }
 
 /// What a path is taken by.
-enum Taken {
+pub(super) enum Taken {
     File,
     Directory,
     /// By a file where the path has a directory.
@@ -71,7 +102,7 @@ pub(super) fn lay_out(
 ) -> Layout {
     let mut layout = Layout {
         files: BTreeMap::new(),
-        directories: HashSet::new(),
+        directories: BTreeSet::new(),
         hidden: BTreeSet::new(),
         notes: Notes::new(MOST_NOTES),
         problem: None,
@@ -89,13 +120,7 @@ pub(super) fn lay_out(
             },
         };
         match &step.role {
-            Role::File(name) => match names::annotated(name) {
-                Ok(path) => layout.place(manifest, path, whole, step),
-                Err(why) => {
-                    let why = format!("its name {} can't be used: {why}", quote(name));
-                    layout.hide(manifest, step.layer, Some(&why));
-                }
-            },
+            Role::File(name) => layout.place_named(manifest, name, whole, step),
             Role::NamelessShard => {
                 if let Some(names) = &mut shard_names {
                     match names.next() {
@@ -104,9 +129,16 @@ pub(super) fn lay_out(
                     }
                 }
             }
-            Role::Tar { required, .. } => match tars.get(&step.layer) {
-                Some(Ok(listing)) => layout.place_members(manifest, listing, step),
-                Some(Err(error)) => {
+            Role::Tar {
+                required,
+                otherwise,
+                ..
+            } => match (tars.get(&step.layer), otherwise) {
+                (Some(Ok(listing)), _) => layout.place_members(manifest, listing, step),
+                (Some(Err(TarError::NoTar)), Some(name)) => {
+                    layout.place_named(manifest, name, whole, step);
+                }
+                (Some(Err(error)), _) => {
                     let why = format!("it can't be read as a tar: {error}");
                     layout.hide(manifest, step.layer, Some(&why));
                     if *required {
@@ -115,7 +147,7 @@ pub(super) fn lay_out(
                         });
                     }
                 }
-                None => layout.hide(manifest, step.layer, None),
+                (None, _) => layout.hide(manifest, step.layer, None),
             },
             Role::Hidden(why) => layout.hide(manifest, step.layer, why.as_deref()),
         }
@@ -124,6 +156,7 @@ pub(super) fn lay_out(
             break;
         }
     }
+    layout.settle_links();
     layout
 }
 
@@ -142,41 +175,125 @@ impl Layout {
         }
     }
 
+    /// Puts a layer at the path that its name asks for.
+    fn place_named(&mut self, manifest: &Manifest, name: &str, file: Placed, step: &Step) {
+        match names::annotated(name) {
+            Ok(path) => self.place(manifest, path, file, step),
+            Err(why) => {
+                let why = format!("its name {} can't be used: {why}", quote(name));
+                self.hide(manifest, step.layer, Some(&why));
+            }
+        }
+    }
+
     fn place_members(&mut self, manifest: &Manifest, listing: &Listing, step: &Step) {
+        let Role::Tar { under, links, .. } = &step.role else {
+            return;
+        };
         let tar = describe(manifest, step.layer);
+        let overlay = step.clash == Clash::Overlay;
         self.notes
             .extend(listing.notes.iter().map(|note| format!("{tar}: {note}")));
         // Within one tar the last entry of a name counts, as when it is unpacked.
         let mut last = BTreeMap::new();
         for (n, member) in listing.members.iter().enumerate() {
-            if last.insert(member.path.as_str(), n).is_some() {
+            let again = last.insert(member.path.as_str(), n).is_some();
+            if again && !overlay && member.item != Item::Directory {
                 self.notes.add(format!(
                     "{tar}: has {} more than once; the last counts",
                     quote(&member.path)
                 ));
             }
         }
+        if overlay {
+            self.white_out(listing);
+        }
+        let folder = folder(under, listing);
         for (n, member) in listing.members.iter().enumerate() {
-            if last.get(member.path.as_str()) == Some(&n) {
-                let source = Source::Layer {
-                    layer: step.layer,
-                    offset: member.offset,
-                };
-                self.place(
-                    manifest,
-                    member.path.clone(),
-                    Placed {
-                        size: member.size,
-                        source,
-                    },
-                    step,
-                );
+            if last.get(member.path.as_str()) != Some(&n) || (overlay && is_whiteout(&member.path))
+            {
+                continue;
+            }
+            let path = match &folder {
+                Some(folder) => format!("{folder}/{}", member.path),
+                None => member.path.clone(),
+            };
+            let file = match &member.item {
+                Item::Directory => {
+                    if overlay {
+                        self.remove_file(&path);
+                    }
+                    continue;
+                }
+                Item::Symlink(_) | Item::HardLink(_) if !links => {
+                    let what = quote(&member.path);
+                    self.notes
+                        .add(format!("{tar}: left out {what}: it is a link"));
+                    continue;
+                }
+                Item::HardLink(target) => {
+                    match self.linked(listing, &last, &folder, target, step) {
+                        Some(file) => file,
+                        None => {
+                            let (what, target) = (quote(&member.path), quote(target));
+                            self.notes.add(format!(
+                            "{tar}: left out {what}: it is a hard link to {target}, which is not there"
+                        ));
+                            continue;
+                        }
+                    }
+                }
+                Item::Symlink(target) => Placed {
+                    size: 0,
+                    source: Source::Link(target.clone()),
+                },
+                Item::File | Item::Chunked(_) => placed(listing.form, member, step.layer),
+            };
+            self.place(manifest, path, file, step);
+        }
+    }
+
+    /// The file that a hard link of a tar names: one of the same tar, else one that lies there already.
+    fn linked(
+        &self,
+        listing: &Listing,
+        last: &BTreeMap<&str, usize>,
+        folder: &Option<String>,
+        target: &str,
+        step: &Step,
+    ) -> Option<Placed> {
+        let mut target = target;
+        // A hard link may name another one.
+        for _ in 0..8 {
+            let Some(member) = last.get(target).map(|n| &listing.members[*n]) else {
+                break;
+            };
+            match &member.item {
+                Item::File | Item::Chunked(_) => {
+                    return Some(placed(listing.form, member, step.layer));
+                }
+                Item::Symlink(to) => {
+                    return Some(Placed {
+                        size: 0,
+                        source: Source::Link(to.clone()),
+                    });
+                }
+                Item::HardLink(next) => target = next,
+                Item::Directory => return None,
             }
         }
+        let path = match folder {
+            Some(folder) => format!("{folder}/{target}"),
+            None => target.to_owned(),
+        };
+        self.files.get(&path).cloned()
     }
 
     fn place(&mut self, manifest: &Manifest, path: String, file: Placed, step: &Step) {
         let by = || describe(manifest, step.layer);
+        if step.clash == Clash::Overlay {
+            return self.overlay(path, file, &by());
+        }
         match self.taken(&path) {
             None => self.insert(path, file),
             Some(Taken::File) if self.is_same(manifest, &path, &file) => {}
@@ -187,10 +304,7 @@ impl Layout {
                     quote(&path)
                 ));
                 let old = self.files.insert(path, file);
-                if let Some(Placed {
-                    source: Source::Layer { layer, .. },
-                    ..
-                }) = old
+                if let Some(layer) = old.and_then(|old| old.source.layer())
                     && layer != step.layer
                 {
                     self.hidden.insert(layer);
@@ -210,7 +324,7 @@ impl Layout {
     }
 
     /// Puts a file on a path that is free.
-    fn insert(&mut self, path: String, file: Placed) {
+    pub(super) fn insert(&mut self, path: String, file: Placed) {
         for parent in ancestors(&path) {
             if !self.directories.insert(parent.to_owned()) {
                 break;
@@ -233,7 +347,7 @@ impl Layout {
         }
     }
 
-    fn taken(&self, path: &str) -> Option<Taken> {
+    pub(super) fn taken(&self, path: &str) -> Option<Taken> {
         if self.files.contains_key(path) {
             return Some(Taken::File);
         }
@@ -260,6 +374,16 @@ impl Layout {
                     layer: b,
                     offset: at_b,
                 },
+            )
+            | (
+                Source::Unpacked {
+                    layer: a,
+                    offset: at_a,
+                },
+                Source::Unpacked {
+                    layer: b,
+                    offset: at_b,
+                },
             ) => {
                 manifest.layers[*a].digest == manifest.layers[*b].digest
                     && at_a == at_b
@@ -267,6 +391,55 @@ impl Layout {
             }
             _ => false,
         }
+    }
+}
+
+/// A file in a tar of this form.
+fn placed(form: Form, member: &Member, layer: usize) -> Placed {
+    let offset = member.offset;
+    let source = match (&member.item, form) {
+        (Item::Chunked(chunks), _) => Source::Chunks {
+            layer,
+            chunks: Arc::clone(chunks),
+        },
+        (_, Form::Plain) => Source::Layer { layer, offset },
+        (_, Form::Compressed | Form::Chunked) => Source::Unpacked { layer, offset },
+    };
+    Placed {
+        size: member.size,
+        source,
+    }
+}
+
+/// Where the members of a tar go.
+///
+/// The folders that ORAS packs carry their title in front of each name (the Go library), only its last component (the
+/// Python one), or nothing at all.
+fn folder(under: &Under, listing: &Listing) -> Option<String> {
+    let title = match under {
+        Under::Top => return None,
+        Under::Folder(folder) => return names::annotated(folder.trim_end_matches('/')).ok(),
+        Under::Titled(title) => title,
+    };
+    let title = names::annotated(title.trim_end_matches('/')).ok()?;
+    let (parent, base) = match title.rsplit_once('/') {
+        Some((parent, base)) => (Some(parent), base),
+        None => (None, title.as_str()),
+    };
+    let all_below = |folder: &str| {
+        listing.members.iter().all(|member| {
+            member
+                .path
+                .strip_prefix(folder)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    };
+    if all_below(&title) {
+        None
+    } else if all_below(base) {
+        parent.map(str::to_owned)
+    } else {
+        Some(title)
     }
 }
 
@@ -291,7 +464,6 @@ fn describe(manifest: &Manifest, layer: usize) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::tar::Member;
     use super::*;
 
     const RAW: &str = "application/octet-stream";
@@ -307,10 +479,7 @@ mod tests {
     fn tar(layer: usize, clash: Clash) -> Step {
         Step {
             layer,
-            role: Role::Tar {
-                required: true,
-                whole_up_to: 0,
-            },
+            role: Role::tar(true, 0),
             clash,
         }
     }
@@ -320,8 +489,10 @@ mod tests {
             path: (*path).into(),
             offset: 512 * n as u64,
             size: 1,
+            item: Item::File,
         };
         Ok(Listing {
+            form: Form::Plain,
             members: paths.iter().enumerate().map(member).collect(),
             notes: vec![],
             entries: 0,
@@ -335,7 +506,7 @@ mod tests {
     fn source(layout: &Layout, path: &str) -> (usize, u64) {
         match layout.files[path].source {
             Source::Layer { layer, offset } => (layer, offset),
-            Source::Made(_) => panic!(),
+            _ => panic!(),
         }
     }
 
@@ -406,10 +577,7 @@ mod tests {
         assert_eq!(layout.hidden, BTreeSet::from([0]));
         assert!(layout.problem.unwrap().contains("100000 members"));
         let optional = Step {
-            role: Role::Tar {
-                required: false,
-                whole_up_to: 0,
-            },
+            role: Role::tar(false, 0),
             ..tar(0, Clash::KeepFirst)
         };
         assert_eq!(

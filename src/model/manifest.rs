@@ -50,9 +50,15 @@ pub struct Descriptor {
     /// The `artifactType` of a manifest in an index.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
-    /// `os/architecture` of a manifest in an index.
+    /// `os/architecture` of a manifest in an index, with its variant where it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<String>,
+    /// The `name` that Ollama's manifests give layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The digest of the layer's uncompressed form, where the config tells it.
+    #[serde(skip)]
+    pub diff_id: Option<Digest>,
 }
 
 impl Descriptor {
@@ -95,6 +101,7 @@ struct RawDescriptor {
     annotations: Option<BTreeMap<String, String>>,
     artifact_type: Option<String>,
     platform: Option<RawPlatform>,
+    name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -103,6 +110,8 @@ struct RawPlatform {
     os: String,
     #[serde(default)]
     architecture: String,
+    #[serde(default)]
+    variant: String,
 }
 
 impl RawDescriptor {
@@ -113,9 +122,21 @@ impl RawDescriptor {
             size: self.size,
             annotations: bounded(self.annotations),
             artifact_type: self.artifact_type.filter(|text| !text.is_empty()),
-            platform: self
-                .platform
-                .map(|platform| format!("{}/{}", platform.os, platform.architecture)),
+            platform: self.platform.map(|platform| {
+                let RawPlatform {
+                    os,
+                    architecture,
+                    variant,
+                } = platform;
+                match variant.as_str() {
+                    "" => format!("{os}/{architecture}"),
+                    variant => format!("{os}/{architecture}/{variant}"),
+                }
+            }),
+            name: self
+                .name
+                .filter(|name| !name.is_empty() && name.len() <= LONGEST_ANNOTATION),
+            diff_id: None,
         }
     }
 }
@@ -284,6 +305,8 @@ impl Manifest {
                     .collect(),
                 artifact_type: None,
                 platform: None,
+                name: None,
+                diff_id: None,
             });
         Self {
             media_type: OCI_MANIFEST.into(),
@@ -295,6 +318,8 @@ impl Manifest {
                 annotations: BTreeMap::new(),
                 artifact_type: None,
                 platform: None,
+                name: None,
+                diff_id: None,
             },
             layers: layers.collect(),
             annotations: BTreeMap::new(),

@@ -21,30 +21,38 @@ use bytes::Bytes;
 
 use crate::base::{ByteRange, Deadline, Digest};
 use crate::blob::{BlobError, Hold, LazyBlob, Verified};
+use crate::cache;
 use crate::registry::RegistryError;
 
 mod answers;
 mod background;
+mod chunked;
 mod convention;
 mod created;
 mod fetch;
 mod flight;
 mod index;
+mod inflate;
 mod layout;
+mod links;
 mod manifest;
 mod models;
 mod names;
 mod notes;
+mod overlay;
 mod plan;
 mod plans;
 mod safetensors;
 mod shards;
 mod tar;
+mod unpacked;
 mod weights;
 
+pub use chunked::ChunkedFile;
 pub use manifest::{Descriptor, Manifest};
 pub use models::Models;
 pub use safetensors::{Header, Malformed, Tensor};
+pub use unpacked::{Unpacked, UnpackedHold};
 
 /// How references are resolved.
 #[derive(Clone, Debug)]
@@ -133,6 +141,8 @@ pub struct Model {
     pub created: SystemTime,
     /// Files by path (sorted, unique, no path is a prefix directory of another): what an engine sees.
     pub files: Vec<File>,
+    /// Symbolic links among the files, sorted by path; none has a file's path or lies below one.
+    pub links: Vec<Link>,
     /// What `.oci/` shows: `manifest.json`, `config.json`, `blobs/<digest>`; paths relative to `.oci/`. Beside these
     /// `index.json`, when an index lists the manifest.
     pub oci: Vec<File>,
@@ -154,6 +164,8 @@ impl Model {
             annotations: BTreeMap::new(),
             artifact_type: None,
             platform: None,
+            name: None,
+            diff_id: None,
         };
         let manifest = Manifest {
             media_type: String::new(),
@@ -170,6 +182,7 @@ impl Model {
             packaging: "files",
             created,
             files,
+            links: Vec::new(),
             oci,
             blobs: Vec::new(),
             notes: Vec::new(),
@@ -200,6 +213,15 @@ impl Model {
     }
 }
 
+/// A symbolic link in a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its path, as a file's.
+    pub path: String,
+    /// What it says: relative, over real directories, to a file or directory of the model.
+    pub target: String,
+}
+
 /// One file of a model.
 #[derive(Clone, Debug)]
 pub struct File {
@@ -225,8 +247,36 @@ pub enum Content {
         /// The first byte's offset in it.
         offset: u64,
     },
+    /// In the uncompressed form of a compressed layer, from this offset.
+    Unpacked {
+        /// The layer.
+        layer: Arc<Unpacked>,
+        /// The first byte's offset in the uncompressed form.
+        offset: u64,
+    },
+    /// In pieces of a blob that are compressed and verified each by itself.
+    Chunked(Arc<ChunkedFile>),
     /// In memory.
     Inline(Bytes),
+}
+
+/// Keeps a file's bytes in the cache while it is read.
+#[derive(Clone, Debug)]
+pub enum FileHold {
+    /// Of a blob.
+    Blob(Hold),
+    /// Of the uncompressed form of a layer.
+    Unpacked(UnpackedHold),
+}
+
+impl FileHold {
+    /// The cache's entry of the blob that the file lies in, where it lies in one.
+    pub fn entry(&self) -> Option<Arc<cache::Entry>> {
+        match self {
+            Self::Blob(hold) => hold.entry(),
+            Self::Unpacked(_) => None,
+        }
+    }
 }
 
 /// What the safetensors header of a file could not be read for.
@@ -241,11 +291,34 @@ pub enum TensorsError {
 }
 
 impl File {
-    /// Keeps the file's blob open, so that it is not evicted while it is read; `None` for a file in memory.
-    pub fn hold(&self) -> Option<Hold> {
+    /// Keeps the file's bytes from being evicted while it is read; `None` for a file in memory.
+    pub fn hold(&self) -> Option<FileHold> {
         match &self.content {
-            Content::Blob { blob, .. } => Some(blob.hold()),
+            Content::Blob { blob, .. } => Some(FileHold::Blob(blob.hold())),
+            Content::Unpacked { layer, .. } => Some(FileHold::Unpacked(layer.hold())),
+            Content::Chunked(file) => Some(FileHold::Blob(file.blob().hold())),
             Content::Inline(_) => None,
+        }
+    }
+
+    /// Bytes of it that are local.
+    pub fn cached(&self) -> u64 {
+        let range = |offset| ByteRange::at(offset, self.size);
+        let cached = match &self.content {
+            Content::Blob { blob, offset } => blob.cached_in(range(*offset)),
+            Content::Unpacked { layer, offset } => layer.cached_in(range(*offset)),
+            Content::Chunked(file) => file.cached(),
+            Content::Inline(bytes) => bytes.len() as u64,
+        };
+        cached.min(self.size)
+    }
+
+    /// Whether every byte of it that is read is known to be right.
+    pub fn is_verified(&self) -> bool {
+        match &self.content {
+            Content::Blob { blob, .. } => blob.verified() == Verified::Yes,
+            Content::Unpacked { layer, .. } => layer.verified() == Verified::Yes,
+            Content::Chunked(_) | Content::Inline(_) => true,
         }
     }
 
@@ -267,6 +340,8 @@ impl File {
             _ if range.is_empty() => Some(Ok(Bytes::new())),
             Content::Inline(bytes) => Some(Ok(slice(bytes, range))),
             Content::Blob { blob, offset } => blob.try_read(shifted(range, *offset)),
+            Content::Unpacked { layer, offset } => layer.try_read(shifted(range, *offset)),
+            Content::Chunked(_) => None,
         }
     }
 
@@ -277,6 +352,8 @@ impl File {
             _ if range.is_empty() => Ok(Bytes::new()),
             Content::Inline(bytes) => Ok(slice(bytes, range)),
             Content::Blob { blob, offset } => blob.read(shifted(range, *offset)).await,
+            Content::Unpacked { layer, offset } => layer.read(shifted(range, *offset)).await,
+            Content::Chunked(file) => file.read(range).await,
         }
     }
 
@@ -287,6 +364,8 @@ impl File {
             _ if range.is_empty() => Ok(Bytes::new()),
             Content::Inline(bytes) => Ok(slice(bytes, range)),
             Content::Blob { blob, offset } => blob.peek(shifted(range, *offset), deadline).await,
+            Content::Unpacked { layer, offset } => layer.read(shifted(range, *offset)).await,
+            Content::Chunked(file) => file.read(range).await,
         }
     }
 

@@ -17,7 +17,8 @@ use super::layout::Source;
 use super::manifest::Manifest;
 use super::plan::{Plan, PlannedFile, build};
 use super::plans::Plans;
-use super::{Content, File, Model, ModelConfig, ModelError};
+use super::unpacked::UnpackedLayers;
+use super::{ChunkedFile, Content, File, Link, Model, ModelConfig, ModelError};
 
 /// Most repositories that a blob is said to be in.
 const MOST_REPOSITORIES: usize = 16;
@@ -33,6 +34,7 @@ pub struct Models {
 #[derive(Debug)]
 struct Shared {
     blobs: Blobs,
+    layers: UnpackedLayers,
     config: ModelConfig,
     answers: Mutex<Answers<Reference>>,
     resolving: Flights<Reference, Result<Digest, ModelError>>,
@@ -58,6 +60,7 @@ impl Models {
     /// Models over these blobs.
     pub fn new(blobs: Blobs, config: ModelConfig) -> Self {
         let shared = Shared {
+            layers: UnpackedLayers::new(blobs.clone()),
             blobs,
             config,
             answers: Mutex::default(),
@@ -385,6 +388,7 @@ impl Shared {
         let (repository, digest) = &key;
         let fetch = Remote::new(
             self.blobs.clone(),
+            self.layers.clone(),
             repository.clone(),
             self.question_timeout(),
         );
@@ -461,21 +465,38 @@ impl Shared {
                 blob
             });
         }
-        let file = |planned: &PlannedFile| File {
-            path: planned.path.clone(),
-            size: planned.size,
-            digest: planned.digest,
-            media_type: planned.media_type.clone(),
-            content: match &planned.source {
+        let layer = |layer: usize| &plan.manifest.layers[layer];
+        let blob = |n: usize| Arc::clone(&by_digest[&layer(n).digest]);
+        let file = |planned: &PlannedFile| {
+            let content = match &planned.source {
                 Source::Made(bytes) => Content::Inline(bytes.clone()),
-                Source::Layer { layer, offset } => {
-                    let blob = Arc::clone(&by_digest[&plan.manifest.layers[*layer].digest]);
-                    Content::Blob {
-                        blob,
-                        offset: *offset,
-                    }
+                Source::Layer { layer, offset } => Content::Blob {
+                    blob: blob(*layer),
+                    offset: *offset,
+                },
+                Source::Unpacked { layer: n, offset } => Content::Unpacked {
+                    layer: self.layers.open(&blob(*n), layer(*n).diff_id),
+                    offset: *offset,
+                },
+                Source::Chunks { layer, chunks } => {
+                    Content::Chunked(Arc::new(ChunkedFile::new(blob(*layer), Arc::clone(chunks))))
                 }
-            },
+                Source::Link(_) => return None,
+            };
+            Some(File {
+                path: planned.path.clone(),
+                size: planned.size,
+                digest: planned.digest,
+                media_type: planned.media_type.clone(),
+                content,
+            })
+        };
+        let link = |planned: &PlannedFile| match &planned.source {
+            Source::Link(target) => Some(Link {
+                path: planned.path.clone(),
+                target: target.clone(),
+            }),
+            _ => None,
         };
         Model {
             digest: plan.digest,
@@ -484,8 +505,9 @@ impl Shared {
             manifest: Manifest::clone(&plan.manifest),
             packaging: plan.packaging,
             created: plan.created,
-            files: plan.files.iter().map(file).collect(),
-            oci: plan.oci.iter().map(file).collect(),
+            files: plan.files.iter().filter_map(file).collect(),
+            links: plan.files.iter().filter_map(link).collect(),
+            oci: plan.oci.iter().filter_map(file).collect(),
             blobs,
             notes: plan.notes.clone(),
             problem: plan.problem.clone(),

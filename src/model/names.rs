@@ -68,6 +68,24 @@ pub(super) fn member(name: &[u8]) -> Result<MemberName, Refusal> {
     checked(&components).map(MemberName::Path)
 }
 
+/// The path of a directory in a tar.
+pub(super) fn directory(name: &[u8]) -> Result<String, Refusal> {
+    let name = std::str::from_utf8(name).map_err(|_| "it is not UTF-8")?;
+    let components: Vec<&str> = name
+        .split('/')
+        .filter(|c| !c.is_empty() && *c != ".")
+        .collect();
+    if components.contains(&"..") {
+        return Err("it has a `..` component");
+    }
+    checked(&components)
+}
+
+/// Whether this can be the target of a symbolic link. Where it leads is for `links` to find out.
+pub(super) fn is_target(target: &str) -> bool {
+    !target.is_empty() && target.len() <= LONGEST_PATH && !target.chars().any(char::is_control)
+}
+
 fn checked(components: &[&str]) -> Result<String, Refusal> {
     let Some(first) = components.first() else {
         return Err("it is empty");

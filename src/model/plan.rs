@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use crate::base::Digest;
+use crate::blob::BlobError;
 
 use super::ModelError;
 use super::convention::{self, Role, Step};
@@ -18,7 +19,7 @@ use super::fetch::{BlobId, Fetch, whole};
 use super::layout::{self, Placed, Source};
 use super::manifest::{self, Descriptor, Document, Manifest};
 use super::notes::quote;
-use super::tar::{Listing, TarError, Walk};
+use super::tar::{Form, Listing, TarError, Walk};
 use super::weights;
 
 /// Largest config that is read.
@@ -102,16 +103,34 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
         bytes,
         index,
     } = document;
+    let mut manifest = manifest;
     let convention = convention::of(&manifest);
-    let steps = (convention.steps)(&manifest);
-    let (config, tars) = futures_util::future::try_join(
-        config(fetch, &manifest),
-        list_tars(fetch, &manifest, &steps),
-    )
-    .await?;
+    let (config, steps, tars) = if convention.needs_config || has_compressed(&manifest) {
+        let config = config(fetch, &manifest).await?;
+        let known = config.as_deref().unwrap_or_default();
+        note_diff_ids(&mut manifest, known);
+        let steps = (convention.steps)(&manifest, known);
+        let tars = list_tars(fetch, &manifest, &steps).await?;
+        (config, steps, tars)
+    } else {
+        let steps = (convention.steps)(&manifest, &[]);
+        let (config, tars) = futures_util::future::try_join(
+            config(fetch, &manifest),
+            list_tars(fetch, &manifest, &steps),
+        )
+        .await?;
+        (config, steps, tars)
+    };
     let mut layout = weights::lay_out(fetch, &manifest, &steps, &tars).await?;
 
     let created = created(&manifest, config.as_deref().unwrap_or_default());
+    if let Some(extras) = convention.extras {
+        let extras = extras(&manifest, config.as_deref().unwrap_or_default());
+        for (path, content) in extras.files {
+            layout.add_made(path, content);
+        }
+        layout.notes.extend(extras.notes);
+    }
     let mut oci = vec![made(
         "manifest.json",
         bytes,
@@ -155,10 +174,7 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
 }
 
 fn planned(manifest: &Manifest, path: String, placed: Placed) -> PlannedFile {
-    let layer = match placed.source {
-        Source::Layer { layer, .. } => Some(&manifest.layers[layer]),
-        Source::Made(_) => None,
-    };
+    let layer = placed.source.layer().map(|layer| &manifest.layers[layer]);
     PlannedFile {
         path,
         size: placed.size,
@@ -177,6 +193,46 @@ fn made(path: &str, bytes: Bytes, digest: Digest, media_type: &str) -> PlannedFi
             .filter(|text| !text.is_empty())
             .map(str::to_owned),
         source: Source::Made(bytes),
+    }
+}
+
+/// Whether a layer says that it is compressed: then the digest of what it holds is worth waiting for.
+fn has_compressed(manifest: &Manifest) -> bool {
+    manifest.layers.iter().any(|layer| {
+        [".gzip", "+gzip", "+zstd"]
+            .iter()
+            .any(|suffix| layer.media_type.ends_with(suffix))
+    })
+}
+
+/// Notes the digests of the layers' uncompressed forms: those of an image config (image-spec config.md, `rootfs.diff_ids`), of
+/// ModelPack's (`modelfs.diffIds`), and what ORAS says of a folder that it packed.
+fn note_diff_ids(manifest: &mut Manifest, config: &[u8]) {
+    #[derive(serde::Deserialize, Default)]
+    #[serde(default)]
+    struct Config {
+        rootfs: Layers,
+        modelfs: Layers,
+    }
+    #[derive(serde::Deserialize, Default)]
+    #[serde(default)]
+    struct Layers {
+        #[serde(alias = "diffIds")]
+        diff_ids: Vec<String>,
+    }
+    let config: Config = serde_json::from_slice(config).unwrap_or_default();
+    let told = [config.rootfs.diff_ids, config.modelfs.diff_ids]
+        .into_iter()
+        .find(|ids| ids.len() == manifest.layers.len());
+    for (n, layer) in manifest.layers.iter_mut().enumerate() {
+        let of_config = told.as_ref().and_then(|ids| ids[n].parse().ok());
+        let of_oras = || {
+            layer
+                .annotation("io.deis.oras.content.digest")?
+                .parse()
+                .ok()
+        };
+        layer.diff_id = of_config.or_else(of_oras);
     }
 }
 
@@ -221,20 +277,8 @@ fn nothing_usable(manifest: &Manifest) -> String {
         .artifact_type
         .as_deref()
         .map(|text| format!("artifact type {}, ", quote(text)));
-    let is_image_layer = |layer: &Descriptor| {
-        layer
-            .media_type
-            .starts_with("application/vnd.oci.image.layer.")
-            || layer
-                .media_type
-                .starts_with("application/vnd.docker.image.rootfs.")
-    };
-    let why = if !manifest.layers.is_empty() && manifest.layers.iter().all(is_image_layer) {
-        "a container image, it seems: these are not unpacked"
-    } else {
-        "a layer is shown when it is of a model format or has a name, by an annotation \
-         `org.opencontainers.image.title` or `org.cncf.model.filepath`"
-    };
+    let why = "a layer is shown when it is of a model format or has a name, by an annotation \
+               `org.opencontainers.image.title` or `org.cncf.model.filepath`";
     format!(
         "there is no file in it that ocifs can show ({}config type {}, {layers}); {why}",
         artifact.unwrap_or_default(),
@@ -342,6 +386,7 @@ async fn list_tars<F: Fetch>(
             continue;
         };
         let (layer, tar, entries) = (step.layer, manifest.blob(step.layer), &entries);
+        let descriptor = &manifest.layers[layer];
         let is_small = tar.size <= whole_up_to.min(whole_left);
         if is_small {
             whole_left -= tar.size;
@@ -353,7 +398,7 @@ async fn list_tars<F: Fetch>(
                     Err(TarError::TooLarge("200000 files with the tars before it")),
                 ));
             }
-            let listing = list_tar(fetch, tar, is_small).await?;
+            let listing = list_tar(fetch, descriptor, is_small).await?;
             // A refused tar counts as a long one: how far it was read is not known.
             let refused = layout::MOST_FILES / 4;
             let found = listing.as_ref().map_or(refused, |listing| listing.entries);
@@ -364,30 +409,86 @@ async fn list_tars<F: Fetch>(
     Ok(gather(listings).await?.into_iter().collect())
 }
 
-/// Walks over one tar: a `whole` one is completed and verified before, others are looked at by small ranges.
+/// Walks over one tar: a `whole` one is completed and verified before, others are looked at by small ranges. A compressed
+/// one is unpacked first, unless it is known from before.
 async fn list_tar<F: Fetch>(
     fetch: &F,
-    tar: BlobId,
+    layer: &Descriptor,
     whole: bool,
 ) -> Result<Result<Listing, TarError>, ModelError> {
+    if let Some(listing) = fetch.recall(&layer.digest).await {
+        return Ok(Ok(listing));
+    }
+    let tar = layer.blob();
     let is_local = whole && fetch.complete(tar).await?;
-    let mut walk = Walk::new(
-        tar.size,
-        if is_local {
-            LOCAL_WINDOW
-        } else {
-            REMOTE_WINDOW
-        },
+    let window = if is_local {
+        LOCAL_WINDOW
+    } else {
+        REMOTE_WINDOW
+    };
+    let listing = walk(fetch, layer, Form::Plain, Walk::new(tar.size, window));
+    match listing.await? {
+        Err(TarError::Compressed(_)) => list_compressed(fetch, layer).await,
+        listing => Ok(listing),
+    }
+}
+
+/// What a compressed tar holds, found in its uncompressed form and remembered.
+async fn list_compressed<F: Fetch>(
+    fetch: &F,
+    layer: &Descriptor,
+) -> Result<Result<Listing, TarError>, ModelError> {
+    let size = match fetch.unpack(layer).await {
+        Ok(size) => size,
+        // It will be no better the next time: the model is shown without the layer, or is told to be damaged.
+        Err(ModelError::Blob {
+            source:
+                source @ (BlobError::Undecodable { lasting: true, .. } | BlobError::Corrupt { .. }),
+            ..
+        }) => return Ok(Err(TarError::Undecodable(source.to_string()))),
+        Err(error) => return Err(error),
+    };
+    let listing = walk(
+        fetch,
+        layer,
+        Form::Compressed,
+        Walk::new(size, LOCAL_WINDOW),
     );
+    match listing.await? {
+        Ok(listing) => {
+            fetch.remember(&layer.digest, &listing).await;
+            Ok(Ok(listing))
+        }
+        Err(TarError::Compressed(format)) => Ok(Err(TarError::Undecodable(format!(
+            "it is compressed twice, the second time with {}",
+            format.name()
+        )))),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// Walks over a tar that is the layer, or its uncompressed form.
+async fn walk<F: Fetch>(
+    fetch: &F,
+    layer: &Descriptor,
+    form: Form,
+    mut walk: Walk,
+) -> Result<Result<Listing, TarError>, ModelError> {
     let mut wanted = walk.begin();
     while let Some(range) = wanted {
-        let window = fetch.peek(tar, range).await?;
+        let window = match form {
+            Form::Plain => fetch.peek(layer.blob(), range).await?,
+            Form::Compressed | Form::Chunked => fetch.peek_unpacked(layer, range).await?,
+        };
         wanted = match walk.advance(range.start(), &window) {
             Ok(wanted) => wanted,
             Err(error) => return Ok(Err(error)),
         };
     }
-    Ok(Ok(walk.finish()))
+    Ok(Ok(Listing {
+        form,
+        ..walk.finish()
+    }))
 }
 
 #[cfg(test)]

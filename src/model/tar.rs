@@ -6,11 +6,15 @@
 
 use std::cell::Cell;
 use std::io::{self, Read};
+use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use tar::{Archive, EntryType};
 
 use crate::base::ByteRange;
 
+use super::chunked::Chunk;
+use super::inflate::Compression;
 use super::names::{self, MemberName};
 use super::notes::{Notes, quote};
 
@@ -25,8 +29,8 @@ const MOST_NOTES: usize = 20;
 /// The unit of a tar.
 const BLOCK: u64 = 512;
 
-/// One regular file in a tar.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One file, link or directory in a tar.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Member {
     /// Its sanitised path.
     pub(super) path: String,
@@ -34,12 +38,31 @@ pub(super) struct Member {
     pub(super) offset: u64,
     /// How many there are.
     pub(super) size: u64,
+    /// What it is.
+    pub(super) item: Item,
+}
+
+/// What a member is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Item {
+    /// A regular file, in one piece.
+    File,
+    /// A regular file in pieces that are compressed by themselves.
+    Chunked(Arc<[Chunk]>),
+    /// A directory. It says nothing that the paths below it don't, but where layers lie over each other.
+    Directory,
+    /// A symbolic link to what it says, which nobody has checked.
+    Symlink(String),
+    /// Another name of the file at this sanitised path.
+    HardLink(String),
 }
 
 /// What a tar holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Listing {
-    /// The regular files in the order of the tar; a path may occur again, and then the later one counts.
+    /// How its bytes are had.
+    pub(super) form: Form,
+    /// The members in the order of the tar; a path may occur again, and then the later one counts.
     pub(super) members: Vec<Member>,
     /// What was left out, and why.
     pub(super) notes: Vec<String>,
@@ -47,12 +70,49 @@ pub(super) struct Listing {
     pub(super) entries: usize,
 }
 
+/// The form of a remembered listing: JSON in one zstd frame. Another version's is none.
+const NOTE_VERSION: u32 = 1;
+/// The largest listing that is read back, uncompressed.
+const LARGEST_NOTE: u64 = 512 << 20;
+
+impl Listing {
+    /// As it is remembered.
+    pub(super) fn to_note(&self) -> Option<Vec<u8>> {
+        let json = serde_json::to_vec(&(NOTE_VERSION, self)).ok()?;
+        zstd::encode_all(&json[..], 1).ok()
+    }
+
+    /// As it was remembered.
+    pub(super) fn from_note(note: &[u8]) -> Option<Self> {
+        let json = super::inflate::whole(Compression::Zstd, note, LARGEST_NOTE).ok()?;
+        let (version, listing) = serde_json::from_slice::<(u32, Self)>(&json).ok()?;
+        (version == NOTE_VERSION).then_some(listing)
+    }
+}
+
+/// How the bytes of a tar's members are had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Form {
+    /// The layer is the tar.
+    Plain,
+    /// The layer is the tar, compressed: members are offsets into its uncompressed form.
+    Compressed,
+    /// The layer has a table of contents: members are [`Item::Chunked`].
+    Chunked,
+}
+
 /// Why a tar is refused as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum TarError {
     /// It is compressed.
-    #[error("it is compressed with {0}, although its media type says that it isn't")]
-    Compressed(&'static str),
+    #[error("it is compressed with {}", .0.name())]
+    Compressed(Compression),
+    /// Its first block is no header of a tar.
+    #[error("it is no tar")]
+    NoTar,
+    /// It is compressed, and what it holds cannot be had.
+    #[error("{0}")]
+    Undecodable(String),
     /// A header can't be understood.
     #[error("its header at byte {at} is damaged: {reason}")]
     Damaged {
@@ -112,7 +172,11 @@ struct Entry {
 /// What becomes of an entry.
 enum Kind {
     File,
-    /// Nothing to show and nothing to say: a directory, a global header.
+    Directory,
+    /// The target as it stands there.
+    Symlink(Vec<u8>),
+    HardLink(Vec<u8>),
+    /// Nothing to show and nothing to say: a global header.
     Silent,
     /// Left out, with the reason.
     LeftOut(&'static str),
@@ -170,6 +234,7 @@ impl Walk {
     /// What was found.
     pub(super) fn finish(self) -> Listing {
         Listing {
+            form: Form::Plain,
             members: self.members,
             notes: self.notes.into_lines(),
             entries: self.entries,
@@ -196,9 +261,36 @@ impl Walk {
         }
         let quoted = || quote(&String::from_utf8_lossy(&entry.name));
         let end = entry.offset.saturating_add(entry.size);
-        let left_out = match entry.kind {
+        let mut member = |item: Item| match names::member(&entry.name) {
+            Ok(MemberName::Directory) if item != Item::Directory => None,
+            Ok(MemberName::Directory) => {
+                let path = names::directory(&entry.name).ok()?;
+                self.members.push(Member {
+                    path,
+                    offset: 0,
+                    size: 0,
+                    item,
+                });
+                None
+            }
+            Ok(MemberName::Path(path)) => {
+                let (offset, size) = match item {
+                    Item::File => (entry.offset, entry.size),
+                    _ => (0, 0),
+                };
+                self.members.push(Member {
+                    path,
+                    offset,
+                    size,
+                    item,
+                });
+                None
+            }
+            Err(why) => Some(why),
+        };
+        let left_out = match &entry.kind {
             Kind::Silent => None,
-            Kind::LeftOut(why) => Some(why),
+            Kind::LeftOut(why) => Some(*why),
             Kind::File if end > self.size => {
                 return Err(TarError::Lies {
                     name: quoted(),
@@ -206,17 +298,15 @@ impl Walk {
                     size: self.size,
                 });
             }
-            Kind::File => match names::member(&entry.name) {
-                Ok(MemberName::Directory) => None,
-                Ok(MemberName::Path(path)) => {
-                    self.members.push(Member {
-                        path,
-                        offset: entry.offset,
-                        size: entry.size,
-                    });
-                    None
-                }
-                Err(why) => Some(why),
+            Kind::File => member(Item::File),
+            Kind::Directory => member(Item::Directory),
+            Kind::Symlink(target) => match std::str::from_utf8(target) {
+                Ok(target) if names::is_target(target) => member(Item::Symlink(target.to_owned())),
+                _ => Some("it is a symbolic link to what cannot be a path"),
+            },
+            Kind::HardLink(target) => match names::member(target) {
+                Ok(MemberName::Path(target)) => member(Item::HardLink(target)),
+                _ => Some("it is a hard link to what cannot be a file"),
             },
         };
         if let Some(why) = left_out {
@@ -230,9 +320,13 @@ impl Walk {
 /// Reads one entry from the first bytes of `window`, which lie at `at` in the tar and reach its end if `is_last`.
 fn attempt(window: &[u8], at: u64, is_last: bool) -> Result<Attempt, TarError> {
     if at == 0
-        && let Some(format) = compression(window)
+        && let Some(format) = Compression::of(window)
     {
         return Err(TarError::Compressed(format));
+    }
+    let told = window.len() as u64 >= BLOCK || is_last;
+    if at == 0 && told && window.iter().any(|byte| *byte != 0) && !is_header(window) {
+        return Err(TarError::NoTar);
     }
     if is_last && (window.len() as u64) < BLOCK && window.iter().all(|byte| *byte == 0) {
         return Ok(Attempt::End);
@@ -265,9 +359,12 @@ fn attempt(window: &[u8], at: u64, is_last: bool) -> Result<Attempt, TarError> {
             Kind::LeftOut("it is a sparse file")
         }
         EntryType::Regular | EntryType::Continuous => Kind::File,
-        EntryType::Directory | EntryType::XGlobalHeader => Kind::Silent,
-        EntryType::Symlink => Kind::LeftOut("it is a symbolic link"),
-        EntryType::Link => Kind::LeftOut("it is a hard link"),
+        EntryType::Directory => Kind::Directory,
+        EntryType::XGlobalHeader => Kind::Silent,
+        EntryType::Symlink => {
+            Kind::Symlink(entry.link_name_bytes().unwrap_or_default().into_owned())
+        }
+        EntryType::Link => Kind::HardLink(entry.link_name_bytes().unwrap_or_default().into_owned()),
         EntryType::Char | EntryType::Block => Kind::LeftOut("it is a device"),
         EntryType::Fifo => Kind::LeftOut("it is a fifo"),
         EntryType::GNUSparse => {
@@ -321,13 +418,35 @@ fn sparse_map_size(window: &[u8], file_position: u64) -> u64 {
     blocks as u64 * BLOCK
 }
 
-/// The compression that these first bytes are of.
-pub(super) fn compression(start: &[u8]) -> Option<&'static str> {
-    match start {
-        [0x1f, 0x8b, ..] => Some("gzip"),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Some("zstd"),
-        _ => None,
+/// Whether these bytes begin as a tar does: with a header whose checksum is right, or with the end mark.
+pub(super) fn is_header(start: &[u8]) -> bool {
+    // Where the checksum stands (POSIX.1-2017, pax, "ustar Interchange Format").
+    const CHECKSUM: std::ops::Range<usize> = 148..156;
+    let Some(block) = start.get(..BLOCK as usize) else {
+        return false;
+    };
+    if block.iter().all(|byte| *byte == 0) {
+        return true;
     }
+    let digits: Vec<u8> = block[CHECKSUM]
+        .iter()
+        .copied()
+        .filter(|byte| (b'0'..=b'7').contains(byte))
+        .collect();
+    let told = digits
+        .iter()
+        .fold(0_i64, |sum, digit| sum * 8 + i64::from(digit - b'0'));
+    let counted = |at: usize, byte: u8| if CHECKSUM.contains(&at) { b' ' } else { byte };
+    let bytes = || {
+        block
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| counted(at, *byte))
+    };
+    let unsigned: i64 = bytes().map(i64::from).sum();
+    // Some old tars summed signed bytes.
+    let signed: i64 = bytes().map(|byte| i64::from(byte.cast_signed())).sum();
+    !digits.is_empty() && (told == unsigned || told == signed)
 }
 
 /// A window as a reader that remembers whether more than it has was asked for.

@@ -42,6 +42,7 @@ fn contents(tar: &[u8]) -> Vec<(String, Vec<u8>)> {
     listing
         .members
         .iter()
+        .filter(|m| m.item == Item::File)
         .map(|m| {
             (
                 m.path.clone(),
@@ -155,7 +156,8 @@ fn nothing_but_files_inside_gets_in() {
         [Member {
             path: "good".into(),
             offset: tar.len() as u64,
-            size: 0
+            size: 0,
+            item: Item::File,
         }]
     );
     assert_eq!(listing.notes.len(), 12, "{:#?}", listing.notes);
@@ -247,16 +249,61 @@ fn lies_and_damage_are_errors() {
     ));
     assert!(matches!(
         list(b"<html>not found</html>", 512),
-        Err(TarError::Damaged { at: 0, .. })
+        Err(TarError::NoTar)
     ));
+    assert_eq!(list(&[1; 4096], 512), Err(TarError::NoTar));
     assert_eq!(
         list(&[0x1f, 0x8b, 8, 0], 512),
-        Err(TarError::Compressed("gzip"))
+        Err(TarError::Compressed(Compression::Gzip))
     );
     // A long name that is announced with 4 GiB.
     let mut name = raw(b"././@LongLink", EntryType::GNULongName, 4 << 30);
     name.resize(8 << 20, b'x');
     assert!(matches!(list(&name, 512), Err(TarError::TooLarge(_))));
+}
+
+#[test]
+fn links_and_directories_are_members_without_bytes() {
+    let mut builder = Builder::new(Vec::new());
+    let mut add = |kind, name: &str, link: Option<&str>| {
+        let mut header = header(kind, 0);
+        match link {
+            Some(link) => builder.append_link(&mut header, name, link).unwrap(),
+            None => builder.append_data(&mut header, name, &b""[..]).unwrap(),
+        }
+    };
+    let long = format!("{}/x", "d".repeat(150));
+    add(EntryType::Directory, "d/", None);
+    add(EntryType::Regular, "d/file", None);
+    add(EntryType::Link, "hard", Some("./d/file"));
+    add(EntryType::Symlink, "soft", Some("../../etc/passwd"));
+    add(EntryType::Symlink, "long", Some(&long));
+    add(EntryType::Link, "out", Some("../x"));
+    let (listing, _) = list(&builder.into_inner().unwrap(), 512).unwrap();
+    let found: Vec<(&str, Item)> = listing
+        .members
+        .iter()
+        .map(|member| (member.path.as_str(), member.item.clone()))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("d", Item::Directory),
+            ("d/file", Item::File),
+            ("hard", Item::HardLink("d/file".into())),
+            ("soft", Item::Symlink("../../etc/passwd".into())),
+            ("long", Item::Symlink(long)),
+        ]
+    );
+    assert!(
+        listing.notes[0].contains("hard link"),
+        "{:?}",
+        listing.notes
+    );
+    assert_eq!(
+        Listing::from_note(&listing.to_note().unwrap()),
+        Some(listing)
+    );
 }
 
 #[test]

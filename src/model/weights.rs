@@ -1,6 +1,6 @@
 //! The safetensors part of a plan: headers are read where names or an index are missing, and only there.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 
@@ -8,7 +8,7 @@ use crate::base::ByteRange;
 
 use super::ModelError;
 use super::convention::{Role, Step};
-use super::fetch::{Fetch, whole};
+use super::fetch::{Fetch, peek_file, whole};
 use super::index::{self, WeightMap};
 use super::layout::{self, Layout, Placed, Source};
 use super::manifest::Manifest;
@@ -35,13 +35,10 @@ pub(super) async fn lay_out<F: Fetch>(
     Ok(layout)
 }
 
-/// A file that lies in one piece in a layer: the layer, its offset there, its size.
-type Extent = (usize, u64, u64);
-
 /// Safetensors headers that were read.
 #[derive(Default)]
 struct Headers {
-    known: HashMap<Extent, Result<Header, Malformed>>,
+    known: HashMap<Placed, Result<Header, Malformed>>,
     bytes: u64,
 }
 
@@ -51,29 +48,23 @@ impl Headers {
         &mut self,
         fetch: &F,
         manifest: &Manifest,
-        files: &[Extent],
+        files: &[Placed],
     ) -> Result<(), ModelError> {
-        let mut files: Vec<Extent> = files
+        let mut seen = HashSet::new();
+        let files: Vec<&Placed> = files
             .iter()
-            .copied()
-            .filter(|file| !self.known.contains_key(file))
+            .filter(|file| !self.known.contains_key(*file) && seen.insert(*file))
             .collect();
-        files.sort_unstable();
-        files.dedup();
         let first = files
             .iter()
-            .map(async |&(layer, offset, size)| match size.min(FIRST_READ) {
+            .map(async |file| match file.size.min(FIRST_READ) {
                 0 => Ok(Bytes::new()),
-                len => {
-                    fetch
-                        .peek(manifest.blob(layer), ByteRange::at(offset, len))
-                        .await
-                }
+                len => peek_file(fetch, manifest, file, ByteRange::at(0, len)).await,
             });
         let first = gather(first.collect()).await?;
         let mut rests = Vec::new();
         for (file, start) in files.into_iter().zip(first) {
-            let len = safetensors::header_len(&start, file.2).and_then(|len| {
+            let len = safetensors::header_len(&start, file.size).and_then(|len| {
                 self.bytes = self.bytes.saturating_add(len);
                 let fits = self.bytes <= MOST_HEADER_BYTES;
                 fits.then_some(len)
@@ -82,7 +73,7 @@ impl Headers {
             match len {
                 Ok(len) => rests.push(rest_of_header(fetch, manifest, file, start, len)),
                 Err(error) => {
-                    self.known.insert(file, Err(error));
+                    self.known.insert(file.clone(), Err(error));
                 }
             }
         }
@@ -94,11 +85,10 @@ impl Headers {
 async fn rest_of_header<F: Fetch>(
     fetch: &F,
     manifest: &Manifest,
-    file: Extent,
+    file: &Placed,
     start: Bytes,
     len: u64,
-) -> Result<(Extent, Result<Header, Malformed>), ModelError> {
-    let (layer, offset, size) = file;
+) -> Result<(Placed, Result<Header, Malformed>), ModelError> {
     let end = safetensors::PREFIX + len;
     let have = start.len() as u64;
     let mut json = start
@@ -106,16 +96,11 @@ async fn rest_of_header<F: Fetch>(
         .unwrap_or_default()
         .to_vec();
     if have < end {
-        let rest = fetch
-            .peek(
-                manifest.blob(layer),
-                ByteRange::new(offset + have, offset + end),
-            )
-            .await?;
+        let rest = peek_file(fetch, manifest, file, ByteRange::new(have, end)).await?;
         json.extend_from_slice(&rest);
     }
     json.truncate(len as usize);
-    Ok((file, safetensors::parse(&json, size)))
+    Ok((file.clone(), safetensors::parse(&json, file.size)))
 }
 
 /// Lays the packaged files out, after finding names for nameless shards.
@@ -149,9 +134,15 @@ async fn name_shards<F: Fetch>(
     let taken = named.paths();
     let assignment = match index {
         Some(index) => {
-            let extents: Vec<Extent> = nameless
+            let extents: Vec<Placed> = nameless
                 .iter()
-                .map(|layer| (*layer, 0, manifest.layers[*layer].size))
+                .map(|layer| Placed {
+                    size: manifest.layers[*layer].size,
+                    source: Source::Layer {
+                        layer: *layer,
+                        offset: 0,
+                    },
+                })
                 .collect();
             headers.read(fetch, manifest, &extents).await?;
             let tensors = extents.iter().map(|extent| match &headers.known[extent] {
@@ -181,9 +172,9 @@ async fn read_index<F: Fetch>(
     manifest: &Manifest,
     placed: &Placed,
 ) -> Result<Result<WeightMap, String>, ModelError> {
-    let Source::Layer { layer, offset } = placed.source else {
+    if placed.source.layer().is_none() {
         return Ok(Err(format!("{} is not packaged", index::NAME)));
-    };
+    }
     if placed.size > index::LARGEST {
         return Ok(Err(format!(
             "{} has {} bytes and is not read",
@@ -191,13 +182,12 @@ async fn read_index<F: Fetch>(
             placed.size
         )));
     }
-    let blob = manifest.blob(layer);
-    let bytes = if placed.size == 0 {
-        Bytes::new()
-    } else if placed.size == blob.size {
-        whole(fetch, blob).await?
-    } else {
-        fetch.peek(blob, ByteRange::at(offset, placed.size)).await?
+    let bytes = match placed.source {
+        _ if placed.size == 0 => Bytes::new(),
+        Source::Layer { layer, .. } if placed.size == manifest.layers[layer].size => {
+            whole(fetch, manifest.blob(layer)).await?
+        }
+        _ => peek_file(fetch, manifest, placed, ByteRange::new(0, placed.size)).await?,
     };
     Ok(WeightMap::parse(&bytes)
         .map_err(|error| format!("{} can't be understood: {error}", index::NAME)))
@@ -210,19 +200,17 @@ async fn add_index<F: Fetch>(
     layout: &mut Layout,
     headers: &mut Headers,
 ) -> Result<(), ModelError> {
-    let shards: Vec<(String, Extent)> = {
+    let shards: Vec<(String, Placed)> = {
         let paths = layout.paths();
         if paths.contains(index::NAME) {
             return Ok(());
         }
         let extent = |path: &str| {
             let placed = &layout.files[path];
-            match placed.source {
-                Source::Layer { layer, offset } => {
-                    Some((path.to_owned(), (layer, offset, placed.size)))
-                }
-                Source::Made(_) => None,
-            }
+            placed
+                .source
+                .layer()
+                .map(|_| (path.to_owned(), placed.clone()))
         };
         index::shards_to_list(&paths)
             .into_iter()
@@ -232,7 +220,7 @@ async fn add_index<F: Fetch>(
     if shards.len() < 2 || layout.problem.is_some() {
         return Ok(());
     }
-    let extents: Vec<Extent> = shards.iter().map(|(_, extent)| *extent).collect();
+    let extents: Vec<Placed> = shards.iter().map(|(_, extent)| extent.clone()).collect();
     headers.read(fetch, manifest, &extents).await?;
     let mut parsed = Vec::with_capacity(shards.len());
     for (path, extent) in &shards {

@@ -3,9 +3,7 @@
 use std::time::SystemTime;
 
 use super::node::NodeId;
-use crate::base::ByteRange;
-use crate::blob::Verified;
-use crate::model::{Content, File};
+use crate::model::File;
 
 /// Unit of `st_blocks` (POSIX leaves it open, Linux has always had 512).
 const BLOCK: u64 = 512;
@@ -70,16 +68,6 @@ pub struct Space {
     pub free: u64,
 }
 
-/// Bytes of a file that are local.
-pub(super) fn cached(file: &File) -> u64 {
-    match &file.content {
-        Content::Inline(bytes) => bytes.len() as u64,
-        Content::Blob { blob, offset } => blob
-            .cached_in(ByteRange::at(*offset, file.size))
-            .min(file.size),
-    }
-}
-
 /// `st_blocks`: what is local, and at least one for a file with bytes, because a tool may take none for a hole.
 pub(super) fn blocks(size: u64, cached: u64) -> u64 {
     match size {
@@ -90,10 +78,6 @@ pub(super) fn blocks(size: u64, cached: u64) -> u64 {
 
 /// Extended attributes of a file, in the order in which they are listed.
 pub(super) fn of_file(file: &File) -> Vec<(&'static str, String)> {
-    let verified = match &file.content {
-        Content::Inline(_) => true,
-        Content::Blob { blob, .. } => blob.verified() == Verified::Yes,
-    };
     let mut attributes = Vec::with_capacity(4);
     if let Some(digest) = &file.digest {
         attributes.push(("user.oci.digest", digest.to_string()));
@@ -101,8 +85,8 @@ pub(super) fn of_file(file: &File) -> Vec<(&'static str, String)> {
     if let Some(media_type) = &file.media_type {
         attributes.push(("user.oci.mediatype", media_type.clone()));
     }
-    attributes.push(("user.ocifs.cached", cached(file).to_string()));
-    attributes.push(("user.ocifs.verified", verified.to_string()));
+    attributes.push(("user.ocifs.cached", file.cached().to_string()));
+    attributes.push(("user.ocifs.verified", file.is_verified().to_string()));
     attributes
 }
 

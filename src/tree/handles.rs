@@ -12,9 +12,9 @@ use super::node::NodeId;
 use super::shown::Shown;
 use super::view::DirEntry;
 use crate::base::{ByteRange, lock};
-use crate::blob::{self, BlobError};
+use crate::blob::BlobError;
 use crate::cache;
-use crate::model::File;
+use crate::model::{File, FileHold};
 
 /// A handle's number: counted, never used twice by one tree, never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,19 +25,19 @@ pub struct HandleId(pub u64);
 pub struct OpenFile {
     shown: Arc<Shown>,
     path: Arc<str>,
-    /// Keeps the blob from being evicted while the file is open.
-    blob: Option<Arc<blob::Hold>>,
+    /// Keeps the file's bytes from being evicted while it is open.
+    hold: Option<Arc<FileHold>>,
 }
 
 impl OpenFile {
     pub(super) fn new(shown: Arc<Shown>, path: &str) -> Result<Self, TreeError> {
         match shown.file(path) {
             Some(file) => {
-                let blob = file.hold().map(Arc::new);
+                let hold = file.hold().map(Arc::new);
                 Ok(Self {
                     shown,
                     path: path.into(),
-                    blob,
+                    hold,
                 })
             }
             None => Err(TreeError::not_found(path)),
@@ -46,7 +46,7 @@ impl OpenFile {
 
     /// The cache's file, when the whole of it is the content of this file and it is sealed.
     pub(super) fn sealed(&self) -> Option<Arc<cache::Entry>> {
-        let entry = self.blob.as_ref()?.entry()?;
+        let entry = self.hold.as_ref()?.entry()?;
         (self.file().is_whole_blob() && entry.is_sealed()).then_some(entry)
     }
 

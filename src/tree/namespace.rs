@@ -232,7 +232,7 @@ impl Tree {
             Node::File { shown, path, .. } => {
                 let (size, cached) = shown
                     .file(path)
-                    .map_or((0, 0), |file| (file.size, attr::cached(file)));
+                    .map_or((0, 0), |file| (file.size, file.cached()));
                 (
                     Kind::File,
                     size,
@@ -256,7 +256,8 @@ impl Tree {
     /// For how long the kernel may believe that the name still means this node.
     fn entry_ttl(&self, parent: &Node, node: &Node) -> Duration {
         match (parent, node) {
-            (_, Node::Link { .. }) => FOREVER,
+            // A link of a tag's model may be another one when the tag moves; other links follow from their names.
+            (_, Node::Link { directory, .. }) if !directory.starts_with("sha256:") => FOREVER,
             (_, Node::Root | Node::Host(_) | Node::Folder(_)) => SPELLED,
             (_, Node::Directory { place, .. }) | (Node::Directory { place, .. }, _)
                 if place.is_immutable() =>
@@ -274,7 +275,7 @@ impl Tree {
             Node::Directory { place, .. } if place.is_immutable() => FOREVER,
             Node::Directory { .. } => self.below_tag(),
             Node::File { shown, path, .. } => match shown.file(path) {
-                Some(file) if attr::cached(file) < file.size => GROWING,
+                Some(file) if file.cached() < file.size => GROWING,
                 _ => SPELLED,
             },
         }
@@ -425,6 +426,12 @@ pub(super) fn child_node(
             shown: binding.shown.clone(),
             path,
             direct: false,
+        },
+        // By the artifact's digest, as a file: what it says never changes.
+        Child::Link(link) => Node::Link {
+            directory: binding.shown.digest().to_string(),
+            name: path,
+            target: binding.shown.target(link).to_owned(),
         },
     }
 }

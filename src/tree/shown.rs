@@ -25,6 +25,8 @@ pub(super) enum Child {
     Directory,
     /// A file.
     File(Place),
+    /// A symbolic link: `links[_]`.
+    Link(usize),
 }
 
 /// Which of a model's files.
@@ -45,12 +47,18 @@ impl Shown {
             insert(
                 &mut directories,
                 &format!("{OCI_DIR}/{}", file.path),
-                Place::Oci(index),
+                Child::File(Place::Oci(index)),
             );
         }
         for (index, file) in model.files.iter().enumerate() {
             if file.path != OCI_DIR && !file.path.starts_with(".oci/") {
-                insert(&mut directories, &file.path, Place::Files(index));
+                let child = Child::File(Place::Files(index));
+                insert(&mut directories, &file.path, child);
+            }
+        }
+        for (index, link) in model.links.iter().enumerate() {
+            if link.path != OCI_DIR && !link.path.starts_with(".oci/") {
+                insert(&mut directories, &link.path, Child::Link(index));
             }
         }
         Self { model, directories }
@@ -94,10 +102,17 @@ impl Shown {
     pub(super) fn file(&self, path: &str) -> Option<&File> {
         let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
         match self.child(directory, name)? {
-            Child::Directory => None,
+            Child::Directory | Child::Link(_) => None,
             Child::File(Place::Files(index)) => self.model.files.get(index),
             Child::File(Place::Oci(index)) => self.model.oci.get(index),
         }
+    }
+}
+
+impl Shown {
+    /// The target of a link.
+    pub(super) fn target(&self, link: usize) -> &str {
+        self.model.links.get(link).map_or("", |link| &link.target)
     }
 }
 
@@ -110,7 +125,7 @@ pub(super) fn join(directory: &str, name: &str) -> String {
     }
 }
 
-fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str, file: Place) {
+fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str, child: Child) {
     let parts: Vec<&str> = path.split('/').collect();
     let usable = |part: &&str| {
         !part.is_empty()
@@ -129,7 +144,7 @@ fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str
     // Look before anything is made: a file that lies on another one's path is left out as a whole.
     let mut directory = String::new();
     for part in above {
-        if let Some(Child::File(_)) = directories
+        if let Some(Child::File(_) | Child::Link(_)) = directories
             .get(&directory)
             .and_then(|children| children.get(*part))
         {
@@ -156,7 +171,7 @@ fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str
     directories
         .entry(directory)
         .or_default()
-        .insert((*name).to_owned(), Child::File(file));
+        .insert((*name).to_owned(), child);
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@
 //! order: weights and single files first, then the config tar over them, then directory tars, then further files.
 
 use super::{
-    CONFIG_TAR, Clash, Convention, Manifest, Role, SMALL_TAR, Step, file_path, keep, nameless,
+    CONFIG_TAR, Clash, Convention, Manifest, Role, SMALL_TAR, Step, Under, file_path, keep,
+    nameless,
 };
 use crate::model::shards::plain_name;
 
@@ -13,7 +14,9 @@ pub(super) static CONVENTION: Convention = Convention {
     recognises: |manifest| {
         manifest.config.media_type == "application/vnd.docker.ai.model.config.v0.1+json"
     },
+    needs_config: false,
     steps,
+    extras: None,
 };
 
 /// What follows the prefix of all of Docker's layer types.
@@ -21,7 +24,18 @@ fn kind(media_type: &str) -> Option<&str> {
     media_type.strip_prefix("application/vnd.docker.ai.")
 }
 
-fn steps(manifest: &Manifest) -> Vec<Step> {
+/// A tar whose links are not shown, as model-runner has it.
+pub(super) fn unlinked(whole_up_to: u64) -> Role {
+    Role::Tar {
+        required: true,
+        whole_up_to,
+        under: Under::Top,
+        links: false,
+        otherwise: None,
+    }
+}
+
+fn steps(manifest: &Manifest, _config: &[u8]) -> Vec<Step> {
     let layers = || manifest.layers.iter().enumerate();
     let ggufs = layers()
         .filter(|(_, layer)| kind(&layer.media_type) == Some("gguf.v3"))
@@ -77,19 +91,13 @@ fn steps(manifest: &Manifest) -> Vec<Step> {
                     0,
                     Step {
                         layer: n,
-                        role: Role::Tar {
-                            required: true,
-                            whole_up_to: CONFIG_TAR,
-                        },
+                        role: unlinked(CONFIG_TAR),
                         clash,
                     },
                 ));
             }
             Some("dir.tar") => {
-                let role = Role::Tar {
-                    required: true,
-                    whole_up_to: SMALL_TAR,
-                };
+                let role = unlinked(SMALL_TAR);
                 tars.push((
                     1,
                     Step {
@@ -124,7 +132,7 @@ mod tests {
             .zip(layers)
             .map(|(t, (_, annotations))| (t.as_str(), 1, *annotations))
             .collect();
-        steps(&Manifest::for_tests(&layers))
+        steps(&Manifest::for_tests(&layers), &[])
             .into_iter()
             .map(|s| (s.layer, s.role, s.clash))
             .collect()

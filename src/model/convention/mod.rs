@@ -3,18 +3,26 @@
 //! A convention looks at media types and annotations alone. It gives steps; `layout` carries them out and is the one
 //! place that decides about unusable and repeated paths.
 
+use bytes::Bytes;
+
 use super::manifest::{Descriptor, Manifest};
 
 mod docker;
 mod docker_v01;
 mod generic;
+mod image;
+mod kitops;
 mod modelpack;
+mod ollama;
 
 /// All conventions in the order in which they are tried; the last takes everything.
 static ALL: &[&Convention] = &[
     &docker_v01::CONVENTION,
     &docker::CONVENTION,
+    &kitops::CONVENTION,
     &modelpack::CONVENTION,
+    &ollama::CONVENTION,
+    &image::CONVENTION,
     &generic::CONVENTION,
 ];
 
@@ -25,8 +33,21 @@ pub(super) struct Convention {
     pub(super) name: &'static str,
     /// Whether this artifact follows it.
     recognises: fn(&Manifest) -> bool,
-    /// What to do with each layer, in the order of doing; each layer occurs once.
-    pub(super) steps: fn(&Manifest) -> Vec<Step>,
+    /// Whether the steps depend on what the config says; it is empty else, so that nothing waits for it.
+    pub(super) needs_config: bool,
+    /// What to do with each layer, in the order of doing; each layer occurs once. The config may be empty or anything at all.
+    pub(super) steps: fn(&Manifest, &[u8]) -> Vec<Step>,
+    /// What there is beside the layers.
+    pub(super) extras: Option<fn(&Manifest, &[u8]) -> Extras>,
+}
+
+/// What a convention shows that is no layer.
+#[derive(Debug, Default)]
+pub(super) struct Extras {
+    /// Files of the top folder that the config makes up.
+    pub(super) files: Vec<(&'static str, Bytes)>,
+    /// What is worth saying.
+    pub(super) notes: Vec<String>,
 }
 
 /// What to do with one layer.
@@ -47,16 +68,46 @@ pub(super) enum Role {
     File(String),
     /// One safetensors shard whose name is to be found out.
     NamelessShard,
-    /// An uncompressed tar whose members are files.
+    /// A tar whose members are files; whether and how it is compressed, its bytes tell, whatever its type says.
     Tar {
         /// Whether the artifact is of no use when the tar is damaged.
         required: bool,
         /// Up to which size the tar is fetched whole and verified before it is looked into; larger ones are walked
         /// by small ranges.
         whole_up_to: u64,
+        /// Where its members go.
+        under: Under,
+        /// Whether its links are shown.
+        links: bool,
+        /// The name of the file that the layer is if it turns out not to be a tar.
+        otherwise: Option<String>,
     },
     /// Visible under `.oci/blobs` only, for the reason given if it is worth a note.
     Hidden(Option<String>),
+}
+
+impl Role {
+    /// A tar whose names are those of the model.
+    pub(super) fn tar(required: bool, whole_up_to: u64) -> Self {
+        Self::Tar {
+            required,
+            whole_up_to,
+            under: Under::Top,
+            links: true,
+            otherwise: None,
+        }
+    }
+}
+
+/// Where the members of a tar go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Under {
+    /// Where their names say.
+    Top,
+    /// Into the folder of this name, which their own names may begin with.
+    Titled(String),
+    /// Into the folder of this name.
+    Folder(String),
 }
 
 /// What happens when a path is taken.
@@ -66,6 +117,8 @@ pub(super) enum Clash {
     KeepFirst,
     /// The later file takes its place.
     Replace,
+    /// It lies over the former as the layers of a container image do, whiteouts included.
+    Overlay,
 }
 
 /// A tar of configs: completed and verified first up to this size.
@@ -121,6 +174,10 @@ mod tests {
             "application/vnd.cncf.model.weight.v1.raw",
             "application/vnd.cncf.model.doc.v1.tar",
             "application/vnd.cnai.model.weight.v1.tar+gzip",
+            "application/vnd.kitops.modelkit.modelpart.v1.tar+gzip",
+            "application/vnd.ollama.image.license",
+            "application/vnd.ollama.image.tensor",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
             "application/octet-stream",
             "",
         ];
@@ -135,7 +192,7 @@ mod tests {
             .collect();
         let manifest = Manifest::for_tests(&layers);
         for convention in ALL {
-            let mut seen: Vec<usize> = (convention.steps)(&manifest)
+            let mut seen: Vec<usize> = (convention.steps)(&manifest, b"{}")
                 .iter()
                 .map(|step| step.layer)
                 .collect();
@@ -198,7 +255,19 @@ mod tests {
                 "application/vnd.oci.image.config.v1+json",
                 None,
                 "application/vnd.oci.image.layer.v1.tar+gzip",
-                "OCI artifact",
+                "container image",
+            ),
+            (
+                "application/vnd.kitops.modelkit.config.v1+json",
+                None,
+                "application/vnd.kitops.modelkit.model.v1.tar",
+                "KitOps ModelKit",
+            ),
+            (
+                "application/vnd.docker.container.image.v1+json",
+                None,
+                "application/vnd.ollama.image.model",
+                "Ollama model",
             ),
         ] {
             let mut manifest = Manifest::for_tests(&[(layer, 1, &[])]);

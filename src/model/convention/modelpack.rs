@@ -6,13 +6,16 @@
 use serde::Deserialize;
 
 use super::{
-    Convention, Descriptor, Manifest, Role, SMALL_TAR, Step, file_path, keep, nameless, title,
+    Convention, Descriptor, Manifest, Role, SMALL_TAR, Step, Under, file_path, keep, nameless,
+    title,
 };
 
 pub(super) static CONVENTION: Convention = Convention {
     name: "ModelPack",
     recognises,
+    needs_config: false,
     steps,
+    extras: None,
 };
 
 fn recognises(manifest: &Manifest) -> bool {
@@ -35,7 +38,7 @@ fn tail(media_type: &str) -> Option<&str> {
         .find_map(|prefix| media_type.strip_prefix(prefix))
 }
 
-fn steps(manifest: &Manifest) -> Vec<Step> {
+fn steps(manifest: &Manifest, _config: &[u8]) -> Vec<Step> {
     manifest
         .layers
         .iter()
@@ -45,29 +48,29 @@ fn steps(manifest: &Manifest) -> Vec<Step> {
 }
 
 fn role(layer: &Descriptor) -> Role {
+    // `kit pack --use-model-pack` adds its Kitfile as a layer.
+    if layer.media_type == super::kitops::CONFIG {
+        return Role::File(super::kitops::KITFILE.to_owned());
+    }
     // `<kind>.v1.<encoding>`, such as `weight.config.v1.tar+gzip`.
     let (kind, encoding) = tail(&layer.media_type)
         .and_then(|tail| tail.split_once(".v1."))
         .unwrap_or_default();
-    match encoding {
-        "tar" => match kind {
-            "weight" | "layer" => Role::Tar {
-                required: true,
-                whole_up_to: 0,
-            },
-            "weight.config" => Role::Tar {
-                required: true,
-                whole_up_to: SMALL_TAR,
-            },
-            _ => Role::Tar {
-                required: false,
-                whole_up_to: SMALL_TAR,
-            },
-        },
-        "tar+gzip" | "tar+zstd" => Role::Hidden(Some(format!(
-            "compressed layers ({encoding}) are not unpacked"
-        ))),
-        _ => name(layer).map_or_else(|| Role::Hidden(nameless()), Role::File),
+    if !matches!(encoding, "tar" | "tar+gzip" | "tar+zstd") {
+        return name(layer).map_or_else(|| Role::Hidden(nameless()), Role::File);
+    }
+    let (required, whole_up_to) = match kind {
+        "weight" | "layer" => (true, 0),
+        "weight.config" => (true, SMALL_TAR),
+        _ => (false, SMALL_TAR),
+    };
+    // Some writers put the file itself under a tar's type; then it is the file that the annotation names.
+    Role::Tar {
+        required,
+        whole_up_to,
+        under: Under::Top,
+        links: true,
+        otherwise: name(layer),
     }
 }
 
@@ -130,18 +133,17 @@ mod tests {
                     role(&format!("{kind}.v1.tar"), &[(&path, "a/b")]),
                     Role::Tar { .. }
                 ));
-                assert!(matches!(
-                    role(&format!("{kind}.v1.tar+gzip"), &[(&path, "a/b")]),
-                    Role::Hidden(Some(_))
-                ));
-            }
-            assert_eq!(
-                role("weight.v1.tar", &[]),
-                Role::Tar {
-                    required: true,
-                    whole_up_to: 0
+                for encoding in ["tar+gzip", "tar+zstd"] {
+                    assert!(matches!(
+                        role(&format!("{kind}.v1.{encoding}"), &[(&path, "a/b")]),
+                        Role::Tar {
+                            otherwise: Some(_),
+                            ..
+                        }
+                    ));
                 }
-            );
+            }
+            assert_eq!(role("weight.v1.tar", &[]), Role::tar(true, 0));
             assert_eq!(
                 role("weight.v1.safetensors", &[(&path, "m.safetensors")]),
                 Role::File("m.safetensors".into())

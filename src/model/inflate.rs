@@ -1,0 +1,124 @@
+//! Decompression of a layer, in one stream and with bounds.
+
+use std::io::{self, BufRead, Read};
+
+/// What may stand between what a stream claims and what it is: gzip reaches 1032 to 1, and models do not come near it.
+const LARGEST_RATIO: u64 = 1100;
+/// Below this many bytes the ratio is not looked at: short streams of zeros are harmless.
+const HARMLESS: u64 = 64 << 20;
+/// The largest window of a zstd stream that is given memory, as a power of two: 128 MiB, libzstd's own limit.
+const LARGEST_WINDOW: u32 = 27;
+
+/// How a layer is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Compression {
+    /// RFC 1952; several members count as one stream.
+    Gzip,
+    /// RFC 8878; several frames count as one stream, skippable ones are skipped.
+    Zstd,
+}
+
+impl Compression {
+    /// The compression that these first bytes are of.
+    pub(super) fn of(start: &[u8]) -> Option<Self> {
+        match start {
+            [0x1f, 0x8b, ..] => Some(Self::Gzip),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Self::Zstd),
+            // A skippable frame comes first in some zstd files (RFC 8878, section 3.1.2).
+            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+
+    /// What people call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    /// A reader of what `source` is compressed from.
+    pub(super) fn decoder<'a, R: BufRead + 'a>(self, source: R) -> io::Result<Box<dyn Read + 'a>> {
+        Ok(match self {
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(source)),
+            Self::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(source)?;
+                decoder.window_log_max(LARGEST_WINDOW)?;
+                Box::new(decoder)
+            }
+        })
+    }
+}
+
+/// Whether `made` bytes out of `taken` are more than any layer of a model would have.
+pub(super) fn is_bomb(taken: u64, made: u64) -> bool {
+    made > HARMLESS && made / LARGEST_RATIO > taken
+}
+
+/// Reads a short piece whole: at most `limit` bytes, else an error.
+pub(super) fn whole(compression: Compression, piece: &[u8], limit: u64) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    compression
+        .decoder(piece)?
+        .take(limit.saturating_add(1))
+        .read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::other(format!(
+            "it has more than {limit} bytes when it is decompressed"
+        )));
+    }
+    Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn gzip(content: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn both_formats_are_read_in_one_piece_and_in_several() {
+        let parts = [vec![7; 100_000], b"end".to_vec()];
+        let streams = [
+            parts
+                .iter()
+                .flat_map(|part| gzip(part))
+                .collect::<Vec<u8>>(),
+            parts
+                .iter()
+                .flat_map(|part| zstd::encode_all(&part[..], 1).unwrap())
+                .collect(),
+            // A skippable frame of three bytes first.
+            [
+                &[0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3][..],
+                &zstd::encode_all(&parts.concat()[..], 1).unwrap(),
+            ]
+            .concat(),
+        ];
+        for stream in streams {
+            let format = Compression::of(&stream).unwrap();
+            assert_eq!(whole(format, &stream, 100_003).unwrap(), parts.concat());
+            assert!(whole(format, &stream, 100_002).is_err());
+            assert!(whole(format, &stream[..stream.len() - 1], 1 << 20).is_err());
+        }
+        assert_eq!(Compression::of(b"PK"), None);
+        assert_eq!(Compression::of(b""), None);
+    }
+
+    #[test]
+    fn bombs_are_told_from_layers() {
+        assert!(!is_bomb(0, HARMLESS), "a few zeros");
+        assert!(!is_bomb(1 << 20, 1000 << 20), "gzip at its best");
+        assert!(is_bomb(1 << 20, 1200 << 20));
+        // The best that gzip can do.
+        let zeros = vec![0; 8 << 20];
+        assert!(!is_bomb(gzip(&zeros).len() as u64 * 100, 800 << 20));
+    }
+}

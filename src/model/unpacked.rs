@@ -1,0 +1,570 @@
+//! Compressed layers: decompressed once, from front to back, into the cache, while readers of what came early already read.
+//!
+//! Nothing of a compressed stream can be had before the rest, so a layer is decompressed as a whole when the first byte of
+//! it is wanted. What comes out is a file of the cache that grows (`cache/unpacked.rs`); a read waits until the file has
+//! reached its end. When the stream has ended and the digest of what it holds (the config's `diff_id`, else that of the
+//! layer itself) is right, the file is sealed as a blob; when it is wrong, nothing of it is kept and reads fail.
+//! Memory is bounded by a few pieces and the decoder's window, the disk by the cache's limit, a bomb by its ratio.
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, Read};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf as _, Bytes};
+use tokio::sync::{mpsc, watch};
+
+use super::fetch::on_disk;
+use super::inflate::{Compression, is_bomb};
+use crate::base::{ByteRange, ByteSize, Deadline, Digest, Hasher, lock};
+use crate::blob::{BlobError, Blobs, LazyBlob, Verified};
+use crate::cache::{CacheError, Entry, Growing, Unpacker, Unpacking};
+
+/// Compressed bytes that are read at a time, and how many such pieces wait for the decoder.
+const PIECE: u64 = 4 << 20;
+const PIECES: usize = 2;
+/// Uncompressed bytes that are written at a time.
+const STEP: usize = 1 << 20;
+/// A failure is what readers get for this long; then the layer is tried again.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(10);
+/// How often a file that another process makes is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// All compressed layers that something refers to; clones share them.
+#[derive(Clone, Debug)]
+pub(super) struct UnpackedLayers {
+    blobs: Blobs,
+    table: Arc<Mutex<HashMap<Key, Weak<Unpacked>>>>,
+}
+
+type Key = (Digest, Option<Digest>);
+
+/// The uncompressed form of one compressed layer.
+#[derive(Debug)]
+pub struct Unpacked {
+    blobs: Blobs,
+    blob: Arc<LazyBlob>,
+    diff_id: Option<Digest>,
+    state: Mutex<State>,
+    /// Held while it is found out where the bytes are.
+    opening: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Where the bytes are, while somebody holds the layer or it is being made.
+    place: Option<Place>,
+    holds: usize,
+    failed: Option<(Instant, BlobError)>,
+}
+
+/// Where bytes can be read.
+#[derive(Clone, Debug)]
+enum Place {
+    /// All of them: verified and sealed.
+    Whole(Arc<Entry>),
+    /// Those that came so far.
+    Growing(Growing, watch::Receiver<Progress>),
+}
+
+/// How far it is.
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    at: u64,
+    ended: bool,
+}
+
+impl UnpackedLayers {
+    pub(super) fn new(blobs: Blobs) -> Self {
+        Self {
+            blobs,
+            table: Arc::default(),
+        }
+    }
+
+    /// The uncompressed form of a layer, whose digest is `diff_id` where that is known.
+    pub(super) fn open(&self, blob: &Arc<LazyBlob>, diff_id: Option<Digest>) -> Arc<Unpacked> {
+        let key = (blob.digest(), diff_id);
+        let mut table = lock(&self.table);
+        if let Some(known) = table.get(&key).and_then(Weak::upgrade) {
+            return known;
+        }
+        table.retain(|_, layer| layer.strong_count() > 0);
+        let layer = Arc::new(Unpacked {
+            blobs: self.blobs.clone(),
+            blob: Arc::clone(blob),
+            diff_id,
+            state: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
+        });
+        table.insert(key, Arc::downgrade(&layer));
+        layer
+    }
+}
+
+impl Unpacked {
+    /// The layer as it is in the registry.
+    pub fn blob(&self) -> &Arc<LazyBlob> {
+        &self.blob
+    }
+
+    /// Keeps the bytes from being evicted until it is dropped.
+    pub fn hold(self: &Arc<Self>) -> UnpackedHold {
+        lock(&self.state).holds += 1;
+        UnpackedHold(Arc::clone(self))
+    }
+
+    /// Bytes of `range` that are in the cache.
+    pub fn cached_in(&self, range: ByteRange) -> u64 {
+        match lock(&self.state).place.clone() {
+            Some(Place::Whole(_)) => range.len(),
+            Some(Place::Growing(_, progress)) => {
+                let at = progress.borrow().at;
+                range.intersect(ByteRange::new(0, at)).len()
+            }
+            None if self.is_here() => range.len(),
+            None => 0,
+        }
+    }
+
+    /// Whether its digest was checked and right.
+    pub fn verified(&self) -> Verified {
+        let (place, failed) = {
+            let state = lock(&self.state);
+            (state.place.clone(), state.failed.clone())
+        };
+        match (place, failed) {
+            (Some(Place::Whole(_)), _) => Verified::Yes,
+            (_, Some((_, BlobError::Corrupt { actual, .. }))) => Verified::No { actual },
+            (None, _) if self.is_here() => Verified::Yes,
+            _ => Verified::NotYet,
+        }
+    }
+
+    fn is_here(&self) -> bool {
+        self.blobs.cache().unpacked(&self.blob.digest()).is_some()
+    }
+
+    /// Makes it whole and verified; gives its size.
+    pub async fn complete(self: &Arc<Self>) -> Result<u64, BlobError> {
+        let _hold = self.hold();
+        loop {
+            match self.place().await? {
+                Place::Whole(entry) => return Ok(entry.size()),
+                Place::Growing(_, mut progress) => self.wait(&mut progress, u64::MAX).await?,
+            }
+        }
+    }
+
+    /// The bytes of `range` if they can be had without waiting.
+    pub fn try_read(self: &Arc<Self>, range: ByteRange) -> Option<Result<Bytes, BlobError>> {
+        let place = lock(&self.state).place.clone()?;
+        self.look(&place, range).map(Ok)
+    }
+
+    /// The bytes of `range`, which lies within it.
+    pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, BlobError> {
+        let _hold = self.hold();
+        let mut damaged = 0;
+        loop {
+            let place = self.place().await?;
+            if let Some(bytes) = self.look(&place, range) {
+                return Ok(bytes);
+            }
+            match place {
+                Place::Growing(_, mut progress) => {
+                    let wanted = if self.blobs.config().strict {
+                        u64::MAX
+                    } else {
+                        range.end()
+                    };
+                    self.wait(&mut progress, wanted).await?;
+                }
+                Place::Whole(entry) => {
+                    damaged += 1;
+                    if range.end() > entry.size() || damaged > 2 {
+                        return Err(BlobError::OutOfBounds {
+                            digest: self.blob.digest(),
+                            size: entry.size(),
+                            range,
+                        });
+                    }
+                    // The file cannot be read: it is made again.
+                    self.blobs
+                        .cache()
+                        .remove_note(crate::cache::NoteKind::Unpacked, &self.blob.digest());
+                    lock(&self.state).place = None;
+                }
+            }
+        }
+    }
+
+    /// What a place has of `range` now.
+    fn look(&self, place: &Place, range: ByteRange) -> Option<Bytes> {
+        let read = match place {
+            Place::Whole(entry) => entry.read(range),
+            Place::Growing(growing, progress) => {
+                let here = progress.borrow().at >= range.end() && !self.blobs.config().strict;
+                if !here {
+                    return None;
+                }
+                growing.read(range).map(Some)
+            }
+        };
+        read.unwrap_or_else(|error| {
+            tracing::warn!(digest = %self.blob.digest(), %error, "an unpacked layer cannot be read");
+            None
+        })
+    }
+
+    /// Waits until the file reaches `wanted` or ends, for as long as it grows.
+    async fn wait(
+        &self,
+        progress: &mut watch::Receiver<Progress>,
+        wanted: u64,
+    ) -> Result<(), BlobError> {
+        loop {
+            {
+                let now = progress.borrow_and_update();
+                if now.ended || now.at >= wanted {
+                    return Ok(());
+                }
+            }
+            let deadline = Deadline::after(self.blobs.config().read_timeout);
+            match tokio::time::timeout_at(deadline.instant().into(), progress.changed()).await {
+                Ok(Ok(())) => {}
+                // Whoever made it is gone.
+                Ok(Err(_)) => return Ok(()),
+                Err(_) => {
+                    return Err(BlobError::Deadline {
+                        digest: self.blob.digest(),
+                        range: ByteRange::new(0, self.blob.size()),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Where the bytes are; has them made when they are nowhere.
+    async fn place(self: &Arc<Self>) -> Result<Place, BlobError> {
+        let _opening = self.opening.lock().await;
+        {
+            let mut state = lock(&self.state);
+            match &state.place {
+                Some(Place::Growing(_, progress))
+                    if progress.borrow().ended || progress.has_changed().is_err() =>
+                {
+                    state.place = None;
+                }
+                Some(place) => return Ok(place.clone()),
+                None => {}
+            }
+            match &state.failed {
+                Some((
+                    _,
+                    error @ (BlobError::Corrupt { .. }
+                    | BlobError::Undecodable { lasting: true, .. }),
+                )) => {
+                    return Err(error.clone());
+                }
+                Some((at, error)) if at.elapsed() < TRY_AGAIN_AFTER => return Err(error.clone()),
+                _ => state.failed = None,
+            }
+        }
+        let (cache, digest) = (self.blobs.cache().clone(), self.blob.digest());
+        let found = on_disk(move || match cache.unpacked(&digest) {
+            Some(entry) => Ok(Err(entry)),
+            None => cache.unpack(&digest).map(Ok),
+        });
+        let place = match found.await {
+            Some(Ok(Err(entry))) => Place::Whole(Arc::new(entry)),
+            Some(Ok(Ok(unpacking))) => {
+                let (sender, receiver) = watch::channel(Progress::default());
+                let growing = match unpacking {
+                    Unpacking::Ours(unpacker) => {
+                        let growing = unpacker.growing();
+                        tokio::spawn(Arc::clone(self).make(unpacker, sender));
+                        growing
+                    }
+                    Unpacking::Others(growing) => {
+                        tokio::spawn(Arc::clone(self).follow(growing.clone(), sender));
+                        growing
+                    }
+                };
+                Place::Growing(growing, receiver)
+            }
+            Some(Err(error)) => return Err(self.undecodable(&error)),
+            None => {
+                return Err(BlobError::Undecodable {
+                    digest,
+                    reason: "ocifs is ending".into(),
+                    lasting: false,
+                });
+            }
+        };
+        lock(&self.state).place = Some(place.clone());
+        Ok(place)
+    }
+
+    /// Another process makes the file: tells readers how long it is, until that process has ended.
+    async fn follow(self: Arc<Self>, growing: Growing, progress: watch::Sender<Progress>) {
+        loop {
+            let at = growing.len();
+            progress.send_if_modified(|now| {
+                let grew = at > now.at;
+                now.at = at;
+                grew
+            });
+            if self.is_here() || growing.is_left() {
+                progress.send_modify(|now| now.ended = true);
+                return;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Decompresses the layer.
+    async fn make(self: Arc<Self>, unpacker: Unpacker, progress: watch::Sender<Progress>) {
+        let _hold = self.blob.hold();
+        let (pieces, source) = mpsc::channel(PIECES);
+        let blob = Arc::clone(&self.blob);
+        let feeding = tokio::spawn(async move {
+            let mut at = 0;
+            while at < blob.size() {
+                let range = ByteRange::at(at, PIECE).intersect(ByteRange::new(0, blob.size()));
+                let piece = blob.read(range).await;
+                let failed = piece.is_err();
+                // Nobody takes it any more: the stream was found bad.
+                if pieces.send(piece).await.is_err() || failed {
+                    return;
+                }
+                at = range.end();
+            }
+        });
+        let layer = Arc::clone(&self);
+        let started = Instant::now();
+        let told = progress.clone();
+        let made = on_disk(move || layer.decompress(unpacker, Feed::new(source), &told)).await;
+        feeding.abort();
+        let ended = match made {
+            Some(Ok(entry)) => {
+                tracing::info!(digest = %self.blob.digest(), bytes = entry.size(), seconds = started.elapsed().as_secs_f64(), "unpacked a layer");
+                Ok(entry)
+            }
+            Some(Err(error)) => Err(error),
+            None => Err(BlobError::Undecodable {
+                digest: self.blob.digest(),
+                reason: "ocifs failed to unpack it; see the log".into(),
+                lasting: false,
+            }),
+        };
+        {
+            let mut state = lock(&self.state);
+            state.place = None;
+            match ended {
+                Ok(entry) if state.holds > 0 => state.place = Some(Place::Whole(Arc::new(entry))),
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "a compressed layer cannot be unpacked");
+                    state.failed = Some((Instant::now(), error));
+                }
+            }
+        }
+        progress.send_modify(|now| now.ended = true);
+    }
+
+    /// Blocks on the disk and on what feeds it.
+    fn decompress(
+        &self,
+        mut unpacker: Unpacker,
+        mut feed: Feed,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<Entry, BlobError> {
+        let digest = self.blob.digest();
+        let bad = |reason: String| BlobError::Undecodable {
+            digest,
+            reason,
+            lasting: true,
+        };
+        let failed = Arc::clone(&feed.failed);
+        // What the registry could not deliver is not the stream's fault.
+        let cause = |error: io::Error| {
+            lock(&failed)
+                .take()
+                .unwrap_or_else(|| bad(format!("it cannot be decompressed: {error}")))
+        };
+        // Where the digest of the uncompressed bytes is known, it decides; else that of the layer does.
+        feed.hasher = self.diff_id.is_none().then(Hasher::new);
+        let start = feed.fill_buf().map_err(&cause)?;
+        let format = Compression::of(start)
+            .ok_or_else(|| bad("it is compressed neither with gzip nor with zstd".into()))?;
+        let mut hasher = Hasher::new();
+        let mut made = 0_u64;
+        let mut buffer = vec![0; STEP];
+        {
+            let mut decoder = format.decoder(&mut feed).map_err(&cause)?;
+            loop {
+                let count = fill(&mut decoder, &mut buffer).map_err(&cause)?;
+                if count == 0 {
+                    break;
+                }
+                hasher.update(&buffer[..count]);
+                unpacker
+                    .push(&buffer[..count])
+                    .map_err(|error| self.undecodable(&error))?;
+                made += count as u64;
+                // The whole layer is the bound on what was taken: looser than what was, and not to be passed by a bomb.
+                if is_bomb(self.blob.size(), made) {
+                    return Err(bad(format!(
+                        "it has more than {} uncompressed and {} compressed, which no model has",
+                        ByteSize(made),
+                        ByteSize(self.blob.size())
+                    )));
+                }
+                progress.send_modify(|now| now.at = made);
+            }
+        }
+        let compressed = feed.finish().map_err(&cause)?;
+        let uncompressed = hasher.finish();
+        let corrupt = |expected: Digest, actual: Digest| {
+            (expected != actual).then_some(BlobError::Corrupt {
+                digest: expected,
+                actual,
+            })
+        };
+        let wrong = match (self.diff_id, compressed) {
+            (Some(diff_id), _) => corrupt(diff_id, uncompressed),
+            (None, Some(compressed)) => corrupt(digest, compressed),
+            (None, None) => None,
+        };
+        if let Some(error) = wrong {
+            return Err(error);
+        }
+        unpacker
+            .finish(&uncompressed)
+            .map_err(|error| self.undecodable(&error))
+    }
+
+    fn undecodable(&self, error: &CacheError) -> BlobError {
+        let reason = match error {
+            CacheError::Full { .. } => {
+                "the cache has no room for what it holds; see --cache-size".to_owned()
+            }
+            error => {
+                let source = std::error::Error::source(error);
+                let source = source.map_or_else(String::new, |source| format!(": {source}"));
+                format!("{error}{source}")
+            }
+        };
+        BlobError::Undecodable {
+            digest: self.blob.digest(),
+            reason,
+            lasting: false,
+        }
+    }
+}
+
+/// Reads until the buffer is full or the stream has ended.
+fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut have = 0;
+    while have < buffer.len() {
+        match source.read(&mut buffer[have..]) {
+            Ok(0) => break,
+            Ok(count) => have += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(have)
+}
+
+/// Keeps what was unpacked from being evicted.
+#[derive(Debug)]
+pub struct UnpackedHold(Arc<Unpacked>);
+
+impl Clone for UnpackedHold {
+    fn clone(&self) -> Self {
+        self.0.hold()
+    }
+}
+
+impl Drop for UnpackedHold {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.holds -= 1;
+        if state.holds == 0 && matches!(state.place, Some(Place::Whole(_))) {
+            let place = state.place.take();
+            drop(state);
+            drop(place);
+        }
+    }
+}
+
+/// The compressed bytes as they come, as a blocking reader.
+struct Feed {
+    source: mpsc::Receiver<Result<Bytes, BlobError>>,
+    piece: Bytes,
+    hasher: Option<Hasher>,
+    failed: Arc<Mutex<Option<BlobError>>>,
+}
+
+impl Feed {
+    fn new(source: mpsc::Receiver<Result<Bytes, BlobError>>) -> Self {
+        Self {
+            source,
+            piece: Bytes::new(),
+            hasher: None,
+            failed: Arc::default(),
+        }
+    }
+
+    /// Takes what the decoder left; gives the digest of all.
+    fn finish(mut self) -> io::Result<Option<Digest>> {
+        if self.hasher.is_some() {
+            loop {
+                let left = self.fill_buf()?.len();
+                if left == 0 {
+                    break;
+                }
+                self.consume(left);
+            }
+        }
+        Ok(self.hasher.map(Hasher::finish))
+    }
+}
+
+impl BufRead for Feed {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.piece.is_empty() {
+            match self.source.blocking_recv() {
+                Some(Ok(piece)) => {
+                    self.piece = piece;
+                }
+                Some(Err(error)) => {
+                    let said = error.to_string();
+                    *lock(&self.failed) = Some(error);
+                    return Err(io::Error::other(said));
+                }
+                None => {}
+            }
+        }
+        Ok(&self.piece)
+    }
+
+    fn consume(&mut self, count: usize) {
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&self.piece[..count]);
+        }
+        self.piece.advance(count);
+    }
+}
+
+impl Read for Feed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let here = self.fill_buf()?;
+        let count = here.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&here[..count]);
+        self.consume(count);
+        Ok(count)
+    }
+}
