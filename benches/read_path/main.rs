@@ -1,13 +1,33 @@
-//! How fast bytes come through a mount, as ratios to what the wire and the disk give in the same run.
+//! How fast bytes come through a mount, as ratios to what the wire, the disk and other file systems give in the same run.
 //!
-//! `cargo bench --bench read_path` needs root, nginx, curl and iproute2 (Debian: `nginx-light curl iproute2`), and for the row of
-//! the old loader the Python environment of `tests/setup.sh`. `-- --quick` takes a smaller file and one round.
+//! ```text
+//! cargo bench --bench read_path                       all groups, 5 rounds
+//! cargo bench --bench read_path -- --quick            small files, one round: a minute
+//! cargo bench --bench read_path -- cold --rounds 3    one group
+//! ```
 //!
-//! Peers and ocifs take turns within each round, so that a busy machine slows both; figures are medians over the
-//! rounds with the lowest and highest. The limited link is a pair of virtual interfaces with a token bucket of 4 Gbit/s between
-//! two network namespaces.
+//! It needs root; `benches/setup.sh` installs the servers and peers on Debian. A peer that is missing is named at the end of the
+//! table, with the rows that it would have given.
+//!
+//! # What is compared with what
+//!
+//! - **The wire** is four `curl` processes that write a quarter of the blob each to files beside the cache: what a pull with
+//!   parallel ranges reaches with the same server, the same cores and the same disk.
+//! - **The disk** is the same sealed file, read past the mount; so both sides have the same pages in memory.
+//! - **Today** is the loop of engines' own loaders (`requests`, pieces of 8 KiB), rclone's mount and nbdkit's curl plug-in under
+//!   nbdfuse.
+//!
+//! Every figure is one turn. Contestants of a group take turns within each round, in the opposite order in every other round, and
+//! ratios are of two turns of the same round; the table has their medians with the lowest and the highest. Between turns outputs
+//! are deleted, the disk is synchronised, and what the server sends is in the page cache for everybody. Groups make their models
+//! when they begin and delete them when they end, so that the page cache never holds more than a few gigabytes.
+//!
+//! Servers are nginx on loopback, docker-registry on loopback, and nginx behind a pair of virtual interfaces with a token bucket of
+//! 4 Gbit/s in a network namespace of its own.
+//!
+//! A missed bar is printed and is no failure: figures depend on the machine.
 
-// A benchmark prints, and stops at the first thing that is missing.
+// A benchmark prints, and breaks a group off at the first thing that is wrong.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -15,154 +35,188 @@
     missing_docs
 )]
 
-mod measure;
+mod cold;
+mod engine;
+mod first;
+mod http;
+mod machine;
+mod memory;
+mod metadata;
+mod models;
+mod mount;
+mod options;
+mod peers;
+mod readers;
+mod sealed;
 mod servers;
+mod shared;
+mod sparse;
+mod table;
+mod tars;
 
-use std::fs::{self, File};
-use std::path::Path;
+use std::cell::OnceCell;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
-use measure::{Mount, Row, Rows, curl, mapped, old_loader, random, sequential};
-use servers::{Origin, Place};
+use models::Model;
+use options::Options;
+use servers::{Place, Server};
+use table::Table;
 
-fn main() {
-    let quick = std::env::args().any(|argument| argument == "--quick");
-    let (size, rounds) = if quick { (256 << 20, 1) } else { (1 << 30, 3) };
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let origin = Origin::make(dir.path(), size);
-    println!(
-        "{} MiB, {rounds} rounds, {} cores",
-        size >> 20,
-        std::thread::available_parallelism().unwrap()
-    );
-    let mut rows = Rows::default();
-    for round in 1..=rounds {
-        eprintln!("round {round} of {rounds}");
-        for place in [Place::Loopback, Place::LimitedLink] {
-            cold(&origin, place, dir.path(), &mut rows);
+/// A group of rows: its name, what it is about, and what measures it.
+type Group = (&'static str, &'static str, fn(&Bench, &mut Table));
+
+const GROUPS: [Group; 11] = [
+    (
+        "cold",
+        "first read of a blob, nginx on loopback, and the peers",
+        cold::loopback,
+    ),
+    (
+        "link",
+        "first read of a blob over a link of 4 Gbit/s",
+        cold::limited,
+    ),
+    (
+        "registry",
+        "first read of a blob from docker-registry",
+        cold::registry,
+    ),
+    (
+        "shared",
+        "8 processes that map one cold blob",
+        shared::measure,
+    ),
+    (
+        "engine",
+        "a cold sharded model loaded with safetensors in Python",
+        engine::measure,
+    ),
+    (
+        "sealed",
+        "reads of a blob that is complete, against the file itself",
+        sealed::measure,
+    ),
+    (
+        "first",
+        "the first bytes of blobs that nobody has seen",
+        first::measure,
+    ),
+    (
+        "sparse",
+        "a header and a hundred places of a large blob",
+        sparse::measure,
+    ),
+    (
+        "memory",
+        "64 readers of 16 blobs, with a small budget",
+        memory::measure,
+    ),
+    (
+        "metadata",
+        "find over a model of 10,000 files",
+        metadata::measure,
+    ),
+    (
+        "tar",
+        "a file inside an uncompressed tar layer",
+        tars::measure,
+    ),
+];
+
+/// What groups have in common.
+struct Bench {
+    options: Options,
+    dir: PathBuf,
+    single: OnceCell<Model>,
+}
+
+impl Bench {
+    /// The model of one large file, made when it is first wanted.
+    fn single(&self) -> &Model {
+        let size = self.options.scaled(1 << 30, 256 << 20);
+        let make = || Model::safetensors(&self.dir, "single", 1, size);
+        self.single.get_or_init(make)
+    }
+
+    /// nginx with a model.
+    fn serve(&self, model: &Model, place: Place) -> Server {
+        model.warm();
+        Server::nginx(&model.www(), &self.dir, place)
+    }
+
+    /// The rounds of a group, told on stderr as they begin.
+    fn rounds(&self, group: &'static str) -> impl Iterator<Item = usize> + use<> {
+        let rounds = self.options.rounds;
+        (1..=rounds).inspect(move |round| eprintln!("{group}: round {round} of {rounds}"))
+    }
+
+    fn settle(&self) {
+        machine::settle(&self.dir);
+    }
+}
+
+/// The contestants of a round in their order: in the opposite one in every other round.
+fn in_turn<T: Clone>(round: usize, contestants: &[T]) -> Vec<T> {
+    let mut order = contestants.to_vec();
+    if round.is_multiple_of(2) {
+        order.reverse();
+    }
+    order
+}
+
+fn main() -> ExitCode {
+    if readers::is_reader_process() {
+        return ExitCode::SUCCESS;
+    }
+    let known: Vec<(&str, &str)> = GROUPS
+        .iter()
+        .map(|(name, about, _)| (*name, *about))
+        .collect();
+    let options = match Options::parse(std::env::args().skip(1), &known) {
+        Ok(options) => options,
+        Err(text) => {
+            eprintln!("{text}");
+            return ExitCode::from(2);
         }
-        sealed(&origin, dir.path(), &mut rows);
-        sparse(&origin, dir.path(), &mut rows);
+    };
+    if !rustix::process::geteuid().is_root() {
+        eprintln!(
+            "the benchmark mounts, makes network namespaces and empties caches: it needs root"
+        );
+        return ExitCode::from(2);
     }
-    rows.print();
-}
-
-/// The first read of a blob that nobody has.
-fn cold(origin: &Origin, place: Place, dir: &Path, rows: &mut Rows) {
-    let server = origin.serve(place);
-    let wire = curl(&server, dir, 4);
-    rows.add(Row::new(place, "curl x4 to files", "seconds"), wire);
-    for (name, read) in [("read()", sequential as fn(&File) -> u64), ("mmap", mapped)] {
-        let cache = dir.join("cache");
-        let mount = Mount::start(&server, &cache, &[]);
-        let start = Instant::now();
-        let file = File::open(mount.file()).unwrap();
-        assert_eq!(read(&file), origin.size());
-        let seconds = start.elapsed().as_secs_f64();
-        mount.wait_until_verified();
-        let verified = start.elapsed().as_secs_f64();
-        let gigabytes = origin.size() as f64 / 1e9;
-        rows.add(
-            Row::new(place, &format!("cold {name} ÷ curl x4, speed"), "ratio"),
-            wire / seconds,
-        );
-        rows.add(
-            Row::new(place, &format!("cold {name}, last byte"), "seconds"),
-            seconds,
-        );
-        rows.add(
-            Row::new(
-                place,
-                &format!("cold {name}, verified and sealed"),
-                "seconds",
-            ),
-            verified,
-        );
-        rows.add(
-            Row::new(place, &format!("cold {name}, daemon"), "core-s/GB"),
-            mount.processor() / gigabytes,
-        );
-        rows.add(
-            Row::new(place, &format!("cold {name}, daemon's peak memory"), "MiB"),
-            mount.peak_memory() as f64 / f64::from(1 << 20),
-        );
-        drop(file);
-        mount.stop();
-        fs::remove_dir_all(&cache).unwrap();
-    }
-    if let Some(loader) = old_loader(&server, dir) {
-        rows.add(Row::new(place, "requests, 8 KiB pieces", "seconds"), loader);
-    }
-}
-
-/// Reads of a blob that is complete, against the same file on the disk, both in the page cache.
-fn sealed(origin: &Origin, dir: &Path, rows: &mut Rows) {
-    let server = origin.serve(Place::Loopback);
-    let cache = dir.join("cache");
-    let mount = Mount::start(&server, &cache, &[]);
-    sequential(&File::open(mount.file()).unwrap());
-    mount.wait_until_verified();
-    mount.stop();
-    for (way, flags) in [
-        ("passthrough", &[][..]),
-        ("through the daemon", &["-o", "passthrough=no"][..]),
-    ] {
-        let mount = Mount::start(&server, &cache, flags);
-        let native = File::open(origin.sealed_in(&cache)).unwrap();
-        let ours = File::open(mount.file()).unwrap();
-        for (name, read) in [
-            ("read()", sequential as fn(&File) -> u64),
-            ("mmap", mapped),
-            ("random 64 KiB", |file| random(file, 64 << 10, 4000)),
-            ("random 4 KiB", |file| random(file, 4 << 10, 40_000)),
-        ] {
-            let time = |file: &File| {
-                let start = Instant::now();
-                read(file);
-                start.elapsed().as_secs_f64()
-            };
-            // Once each before anything counts.
-            time(&native);
-            time(&ours);
-            let (disk, mounted) = (time(&native), time(&ours));
-            rows.add(
-                Row::new(
-                    Place::Loopback,
-                    &format!("sealed {name}, {way} ÷ native, speed"),
-                    "ratio",
-                ),
-                disk / mounted,
+    let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+    machine::print_header(dir.path(), &options);
+    let bench = Bench {
+        options,
+        dir: dir.path().to_owned(),
+        single: OnceCell::new(),
+    };
+    let start = Instant::now();
+    let mut table = Table::default();
+    let mut broken = false;
+    for (name, _, measure) in GROUPS {
+        if !bench.options.wants(name) {
+            continue;
+        }
+        // What the other groups have measured is worth printing all the same.
+        let job = AssertUnwindSafe(|| measure(&bench, &mut table));
+        if std::panic::catch_unwind(job).is_err() {
+            table.leave_out(
+                &format!("group {name}"),
+                "broke off; the reason is on stderr",
             );
+            broken = true;
         }
-        drop(ours);
-        mount.stop();
     }
-    fs::remove_dir_all(&cache).unwrap();
-}
-
-/// A header and a hundred places: what is pulled beside what is wanted.
-fn sparse(origin: &Origin, dir: &Path, rows: &mut Rows) {
-    for (name, flags) in [
-        ("--prefetch none", &["--prefetch", "none"][..]),
-        ("default", &[][..]),
-    ] {
-        let server = origin.serve(Place::Loopback);
-        let cache = dir.join("cache");
-        let mount = Mount::start(&server, &cache, flags);
-        let file = File::open(mount.file()).unwrap();
-        let before = server.sent();
-        let wanted = measure::header(&file) + random(&file, 64 << 10, 100);
-        let pulled = server.sent() - before;
-        rows.add(
-            Row::new(
-                Place::Loopback,
-                &format!("1 MiB + 100 random 64 KiB, pulled ÷ wanted, {name}"),
-                "ratio",
-            ),
-            pulled as f64 / wanted as f64,
-        );
-        drop(file);
-        mount.stop();
-        fs::remove_dir_all(&cache).unwrap();
+    table.print();
+    println!("{:.0} s in all", start.elapsed().as_secs_f64());
+    if broken {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
     }
 }

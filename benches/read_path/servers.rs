@@ -1,167 +1,171 @@
-//! nginx over the blobs of one artifact, on loopback and behind a limited link.
+//! Where bytes come from: nginx for the wire, Debian's docker-registry for the usual case, and links between.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write as _};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const NAMESPACE: &str = "ocifs-bench";
-const NEAR: &str = "10.213.77.1";
-const FAR: &str = "10.213.77.2";
-
-/// Where the server is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// How a server is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Loopback,
-    LimitedLink,
+    /// A link of 4 Gbit/s.
+    Limited,
+    /// A link like that, without the limit: every byte that crosses it is counted while it is under way.
+    Counted,
+    /// docker-registry on loopback.
+    Registry,
 }
 
-/// An artifact of one weight file, as a directory that nginx serves.
-pub(crate) struct Origin {
-    dir: PathBuf,
-    digest: String,
-    size: u64,
-}
-
-impl Origin {
-    /// Makes a model of `size` random bytes and packages it with the binary itself.
-    pub(crate) fn make(dir: &Path, size: u64) -> Self {
-        let model = dir.join("model");
-        fs::create_dir(&model).unwrap();
-        write_weights(&model.join("model.safetensors"), size);
-        let layout = dir.join("layout");
-        let target = format!("oci:{}:bench/m:v1", layout.display());
-        run(Command::new(env!("CARGO_BIN_EXE_ocifs"))
-            .arg("push")
-            .arg(&model)
-            .arg(target));
-        let index: serde_json::Value =
-            serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
-        let manifest = index["manifests"][0]["digest"].as_str().unwrap().to_owned();
-        let www = dir.join("www/v2/bench/m");
-        for sub in ["manifests", "blobs"] {
-            fs::create_dir_all(www.join(sub)).unwrap();
-        }
-        for entry in fs::read_dir(layout.join("blobs/sha256")).unwrap() {
-            let path = entry.unwrap().path();
-            let name = format!("sha256:{}", path.file_name().unwrap().to_str().unwrap());
-            fs::hard_link(&path, www.join("blobs").join(name)).unwrap();
-        }
-        let manifest_file = www.join("blobs").join(&manifest);
-        for name in ["v1", &manifest] {
-            fs::copy(&manifest_file, www.join("manifests").join(name)).unwrap();
-        }
-        let parsed: serde_json::Value =
-            serde_json::from_slice(&fs::read(&manifest_file).unwrap()).unwrap();
-        let layers = parsed["layers"].as_array().unwrap();
-        let layer = layers
-            .iter()
-            .max_by_key(|layer| layer["size"].as_u64())
-            .unwrap();
-        Self {
-            dir: dir.to_owned(),
-            digest: layer["digest"].as_str().unwrap().to_owned(),
-            size: layer["size"].as_u64().unwrap(),
-        }
-    }
-
-    /// Bytes of the weight file.
-    pub(crate) fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Its file in a cache that has it whole.
-    pub(crate) fn sealed_in(&self, cache: &Path) -> PathBuf {
-        cache
-            .join("blobs/sha256")
-            .join(self.digest.trim_start_matches("sha256:"))
-    }
-
-    /// Starts a server.
-    pub(crate) fn serve(&self, place: Place) -> Server {
-        let link = (place == Place::LimitedLink).then(Link::up);
-        let host = if link.is_some() { FAR } else { "127.0.0.1" };
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let log = self.dir.join("access.log");
-        let _ = fs::remove_file(&log);
-        let config = self.dir.join("nginx.conf");
-        let text = format!(
-            "user root; daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error.log; \
-             events {{ worker_connections 256; }} \
-             http {{ log_format sent '$body_bytes_sent'; access_log {log} sent; sendfile on; tcp_nodelay on; \
-             keepalive_requests 1000000; server {{ listen {host}:{port}; root {dir}/www; }} }}",
-            dir = self.dir.display(),
-            log = log.display(),
-        );
-        fs::write(&config, text).unwrap();
-        let mut command = match &link {
-            Some(_) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", NAMESPACE, "nginx"]);
-                command
-            }
-            None => Command::new("nginx"),
-        };
-        command
-            .arg("-c")
-            .arg(&config)
-            .arg("-p")
-            .arg(&self.dir)
-            .stderr(Stdio::null());
-        let child = command
-            .spawn()
-            .expect("nginx is installed (Debian: nginx-light)");
-        let address = format!("{host}:{port}");
-        let start = Instant::now();
-        while std::net::TcpStream::connect(&address).is_err() {
-            assert!(
-                start.elapsed() < Duration::from_secs(10),
-                "nginx does not answer"
-            );
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Server {
-            child,
-            address,
-            log,
-            digest: self.digest.clone(),
-            size: self.size,
-            _link: link,
+impl Place {
+    /// As the table calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Loopback | Self::Counted => "loopback",
+            Self::Limited => "4 Gbit/s",
+            Self::Registry => "registry",
         }
     }
 }
 
 /// A server that ends when it is dropped.
+#[derive(Debug)]
 pub(crate) struct Server {
     child: Child,
     /// `host:port`.
     pub(crate) address: String,
     log: PathBuf,
-    digest: String,
-    pub(crate) size: u64,
-    _link: Option<Link>,
+    link: Option<Link>,
+}
+
+/// What a server was asked for and sent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Traffic {
+    pub(crate) requests: u64,
+    /// Bytes of bodies, also of those that were broken off.
+    pub(crate) bytes: u64,
+}
+
+impl Traffic {
+    /// What came after `earlier`.
+    pub(crate) fn since(self, earlier: Self) -> Self {
+        Self {
+            requests: self.requests - earlier.requests,
+            bytes: self.bytes - earlier.bytes,
+        }
+    }
 }
 
 impl Server {
-    /// The weight file's URL.
-    pub(crate) fn url(&self) -> String {
-        format!("http://{}/v2/bench/m/blobs/{}", self.address, self.digest)
+    /// nginx over the files below `www`; what it needs itself goes to `dir`.
+    pub(crate) fn nginx(www: &Path, dir: &Path, place: Place) -> Self {
+        let link = match place {
+            Place::Limited => Some(Link::up(Some("4gbit"))),
+            Place::Counted => Some(Link::up(None)),
+            Place::Loopback | Place::Registry => None,
+        };
+        let host = link.as_ref().map_or("127.0.0.1".to_owned(), Link::far);
+        let address = format!("{host}:{}", free_port());
+        let (log, config) = (dir.join("access.log"), dir.join("nginx.conf"));
+        let _ = fs::remove_file(&log);
+        let text = format!(
+            "user root; daemon off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error.log; \
+             events {{ worker_connections 1024; }} \
+             http {{ access_log {log} combined; sendfile on; tcp_nodelay on; keepalive_requests 1000000; \
+             server {{ listen {address}; root {www}; location /plain/ {{ autoindex on; }} }} }}",
+            dir = dir.display(),
+            log = log.display(),
+            www = www.display(),
+        );
+        fs::write(&config, text).unwrap();
+        let mut command = match &link {
+            Some(link) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &link.namespace, "nginx"]);
+                command
+            }
+            None => Command::new("nginx"),
+        };
+        command.arg("-c").arg(&config).arg("-p").arg(dir);
+        let child = command
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("nginx is installed (Debian: nginx-light)");
+        let mut server = Self {
+            child,
+            address,
+            log,
+            link,
+        };
+        server.wait("nginx");
+        server
     }
 
-    /// Bytes of all bodies that were sent to the end or broken off.
-    pub(crate) fn sent(&self) -> u64 {
-        // A line is written when its request ends.
-        std::thread::sleep(Duration::from_millis(300));
+    /// docker-registry with its storage in `dir`; `None` where it is not installed.
+    pub(crate) fn registry(dir: &Path) -> Option<Self> {
+        fs::create_dir_all(dir).unwrap();
+        let address = format!("127.0.0.1:{}", free_port());
+        let (log, config) = (dir.join("access.log"), dir.join("config.yml"));
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n\
+             storage: {{filesystem: {{rootdirectory: '{}/storage'}}}}\n",
+            dir.display()
+        );
+        fs::write(&config, text).unwrap();
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&config);
+        let child = command
+            .stdout(File::create(&log).unwrap())
+            .stderr(Stdio::null())
+            .spawn()
+            .ok()?;
+        let mut server = Self {
+            child,
+            address,
+            log,
+            link: None,
+        };
+        server.wait("docker-registry");
+        Some(server)
+    }
+
+    fn wait(&mut self, name: &str) {
+        let start = Instant::now();
+        while TcpStream::connect(&self.address).is_err() {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{name} ended: {ended:?}");
+            let waited = start.elapsed();
+            assert!(waited < Duration::from_secs(10), "{name} does not answer");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// All that was asked for and sent until now, by the access log: a request counts when it has ended.
+    pub(crate) fn traffic(&self) -> Traffic {
+        // The line of a request is written a moment after its last byte.
+        std::thread::sleep(Duration::from_millis(100));
         let log = fs::read_to_string(&self.log).unwrap_or_default();
-        log.lines()
-            .filter_map(|line| line.parse::<u64>().ok())
-            .sum()
+        let mut traffic = Traffic::default();
+        // The combined log format: … "GET /path HTTP/1.1" 206 65536 "-" "agent"
+        for line in log.lines() {
+            let Some(answer) = line.split('"').nth(2) else {
+                continue;
+            };
+            traffic.requests += 1;
+            let bytes = answer.split_whitespace().nth(1);
+            traffic.bytes += bytes
+                .and_then(|bytes| bytes.parse::<u64>().ok())
+                .unwrap_or(0);
+        }
+        traffic
+    }
+
+    /// Bytes that came over the link until now, those of TCP and IP included.
+    pub(crate) fn crossed(&self) -> u64 {
+        let link = self.link.as_ref().expect("a server behind a link");
+        let path = format!("/sys/class/net/{}/statistics/rx_bytes", link.near);
+        fs::read_to_string(path).unwrap().trim().parse().unwrap()
     }
 }
 
@@ -173,43 +177,68 @@ impl Drop for Server {
     }
 }
 
-/// Two virtual interfaces with a token bucket between.
-struct Link;
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Two virtual interfaces, the far one in a network namespace of its own.
+#[derive(Debug)]
+struct Link {
+    namespace: String,
+    near: String,
+    net: String,
+}
 
 impl Link {
-    fn up() -> Self {
-        let _ = Command::new("ip")
-            .args(["netns", "del", NAMESPACE])
-            .stderr(Stdio::null())
-            .status();
-        let ip = |line: &str| run(Command::new("ip").args(line.split(' ')));
-        ip(&format!("netns add {NAMESPACE}"));
-        let link = Self;
-        ip(&format!(
-            "link add ocifs-near type veth peer name ocifs-far netns {NAMESPACE}"
+    /// With a token bucket on what the far side sends, if there is a rate.
+    fn up(rate: Option<&str>) -> Self {
+        // Names and addresses of this process, so that two benchmarks do not take each other's.
+        let id = std::process::id();
+        let link = Self {
+            namespace: format!("ocifs-bench-{id}"),
+            near: format!("ocifs-n{id}"),
+            net: format!("10.213.{}", id % 256),
+        };
+        let (namespace, near, net) = (&link.namespace, &link.near, &link.net);
+        let quiet = |line: String| {
+            let mut command = Command::new("ip");
+            let _ = command.args(line.split(' ')).stderr(Stdio::null()).status();
+        };
+        quiet(format!("netns del {namespace}"));
+        quiet(format!("link del {near}"));
+        let ip = |line: String| run(Command::new("ip").args(line.split(' ')));
+        ip(format!("netns add {namespace}"));
+        ip(format!(
+            "link add {near} type veth peer name far netns {namespace}"
         ));
-        ip(&format!("addr add {NEAR}/30 dev ocifs-near"));
-        ip("link set ocifs-near up");
-        ip(&format!("-n {NAMESPACE} addr add {FAR}/30 dev ocifs-far"));
-        ip(&format!("-n {NAMESPACE} link set ocifs-far up"));
-        let limit = "qdisc add dev ocifs-far root tbf rate 4gbit burst 4mb latency 20ms";
-        run(Command::new("ip")
-            .args(["netns", "exec", NAMESPACE, "tc"])
-            .args(limit.split(' ')));
+        ip(format!("addr add {net}.1/30 dev {near}"));
+        ip(format!("link set {near} up"));
+        ip(format!("-n {namespace} addr add {net}.2/30 dev far"));
+        ip(format!("-n {namespace} link set far up"));
+        if let Some(rate) = rate {
+            ip(format!(
+                "netns exec {namespace} tc qdisc add dev far root tbf rate {rate} burst 4mb latency 20ms"
+            ));
+        }
         link
+    }
+
+    /// The far side's address.
+    fn far(&self) -> String {
+        format!("{}.2", self.net)
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let _ = Command::new("ip")
-            .args(["netns", "del", NAMESPACE])
-            .status();
+        let mut command = Command::new("ip");
+        let _ = command.args(["netns", "del", &self.namespace]).status();
     }
 }
 
-/// Runs a command that must succeed.
-pub(crate) fn run(command: &mut Command) {
+/// Runs a command that must succeed; returns what it printed.
+pub(crate) fn run(command: &mut Command) -> String {
     let output = command
         .output()
         .unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -218,21 +247,5 @@ pub(crate) fn run(command: &mut Command) {
         "{command:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-}
-
-/// One tensor of pseudo-random bytes.
-fn write_weights(path: &Path, size: u64) {
-    let header =
-        format!("{{\"w\":{{\"dtype\":\"U8\",\"shape\":[{size}],\"data_offsets\":[0,{size}]}}}}");
-    let mut out = BufWriter::new(File::create(path).unwrap());
-    out.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
-    out.write_all(header.as_bytes()).unwrap();
-    let mut state = 0x2545_F491_4F6C_DD1D_u64;
-    for _ in 0..size / 8 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        out.write_all(&state.to_le_bytes()).unwrap();
-    }
-    out.flush().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
