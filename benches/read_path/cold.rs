@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
-use crate::machine::own_processor;
+use crate::machine::{children_processor, own_processor};
 use crate::models::Model;
 use crate::mount::{self, Mount};
 use crate::peers::{self, Peer};
@@ -204,6 +204,7 @@ fn rounds(
         let mut times = Vec::new();
         for contestant in in_turn(round, contestants) {
             bench.settle();
+            let before = children_processor() + own_processor();
             let seconds = match contestant {
                 Contestant::Curl => peers::curl(server, model, dir),
                 Contestant::OldLoader => {
@@ -219,7 +220,7 @@ fn rounds(
                     let cold = Cold::measure(server, model, dir, &blob.name, WAYS[way].1);
                     let what = contestant.name();
                     if (place, way) == (Place::Loopback, 0) {
-                        let what = format!("{what}, time until sealed ÷ time to the last byte");
+                        let what = format!("{what}, time until sealed ÷ to the last byte");
                         let bar = Bar::at_most(2.0);
                         table.ratio(place.name(), &what, bar, cold.sealed / cold.last_byte);
                     }
@@ -233,6 +234,11 @@ fn rounds(
             };
             if !matches!(contestant, Contestant::Ocifs(_)) {
                 table.add(Unit::Seconds, place.name(), &contestant.name(), seconds);
+                // Its start and end included, and the reader's part where there is one.
+                let spent = children_processor() + own_processor() - before;
+                let per_gb = spent / (blob.size as f64 / 1e9);
+                let what = format!("{}: all of it", contestant.name());
+                table.add(Unit::CoreSecondsPerGb, place.name(), &what, per_gb);
             }
             times.push((contestant, seconds));
         }

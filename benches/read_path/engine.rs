@@ -36,7 +36,7 @@ enum Turn {
 pub(crate) fn measure(bench: &Bench, table: &mut Table) {
     let Some(python) = peers::python() else {
         table.leave_out(
-            "cold load with safetensors",
+            "cold load by safetensors",
             "the Python of tests/setup.sh is missing",
         );
         return;
@@ -65,7 +65,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
             }
         }
         let ratio = cold / f64::max(download, warm);
-        let what = "cold load with safetensors, time ÷ max(download by curl x4, warm load)";
+        let what = "cold load by safetensors, time ÷ max(curl x4, warm load)";
         table.ratio(place, what, Bar::at_most(1.05), ratio);
         table.add(
             Unit::Seconds,
@@ -76,13 +76,13 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
         table.add(
             Unit::Seconds,
             place,
-            "sharded model, cold load with safetensors",
+            "sharded model, cold load by safetensors",
             cold,
         );
         table.add(
             Unit::Seconds,
             "disk",
-            "sharded model, warm load with safetensors",
+            "sharded model, warm load by safetensors",
             warm,
         );
     }

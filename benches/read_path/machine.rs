@@ -76,9 +76,9 @@ fn file_system(dir: &Path) -> String {
 }
 
 /// Lets the disk and the page cache come to rest, so that nobody pays for what the one before left behind.
-pub(crate) fn settle(dir: &Path) {
+pub(crate) fn settle(dir: &Path, milliseconds: u64) {
     let _ = rustix::fs::syncfs(File::open(dir).unwrap());
-    std::thread::sleep(Duration::from_millis(150));
+    std::thread::sleep(Duration::from_millis(milliseconds));
 }
 
 /// Brings a file into the page cache, as the server's side of every comparison is.
@@ -95,10 +95,24 @@ pub(crate) fn own_processor() -> f64 {
 /// Processor seconds of a process so far, all its threads together.
 pub(crate) fn processor(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    // Fields 14 and 15 of proc_pid_stat(5), in ticks of 1/100 s; the name before them may hold spaces.
+    ticks(&stat, 11)
+}
+
+/// Seconds in user and in system mode: two fields of proc_pid_stat(5) in ticks of 1/100 s, the first being the given one behind the
+/// name, which may hold spaces.
+fn ticks(stat: &str, first: usize) -> f64 {
     let rest = stat.rsplit(')').next().unwrap();
-    let fields: Vec<&str> = rest.split_whitespace().collect();
-    (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
+    let fields = rest.split_whitespace().skip(first).take(2);
+    fields
+        .map(|field| field.parse::<f64>().unwrap())
+        .sum::<f64>()
+        / 100.0
+}
+
+/// Processor seconds of all processes that this one started and waited for, and of those that they waited for.
+pub(crate) fn children_processor() -> f64 {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    ticks(&stat, 13)
 }
 
 /// Bytes that a process has passed to write(2) and its kin so far, replies to the kernel's FUSE requests among them

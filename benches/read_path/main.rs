@@ -153,8 +153,9 @@ impl Bench {
         (1..=rounds).inspect(move |round| eprintln!("{group}: round {round} of {rounds}"))
     }
 
+    /// Lets the machine come to rest before somebody's turn.
     fn settle(&self) {
-        machine::settle(&self.dir);
+        machine::settle(&self.dir, self.options.scaled(200, 50));
     }
 }
 
@@ -203,6 +204,7 @@ fn main() -> ExitCode {
             continue;
         }
         // What the other groups have measured is worth printing all the same.
+        let begin = Instant::now();
         let job = AssertUnwindSafe(|| measure(&bench, &mut table));
         if std::panic::catch_unwind(job).is_err() {
             table.leave_out(
@@ -211,6 +213,7 @@ fn main() -> ExitCode {
             );
             broken = true;
         }
+        eprintln!("{name}: {:.0} s", begin.elapsed().as_secs_f64());
     }
     table.print();
     println!("{:.0} s in all", start.elapsed().as_secs_f64());

@@ -16,7 +16,7 @@ const BUDGET: u64 = 128 << 20;
 /// The daemon's anonymous memory beyond the budget, with a cache that holds everything and with one that does not.
 pub(crate) fn measure(bench: &Bench, table: &mut Table) {
     let (dir, place) = (&bench.dir, Place::Loopback.name());
-    let size = bench.options.scaled(1 << 30, 128 << 20);
+    let size = bench.options.scaled(1 << 30, 256 << 20);
     let model = Model::safetensors(dir, "shards", BLOBS, size);
     let server = bench.serve(&model, Place::Loopback);
     let budget = BUDGET.to_string();
@@ -61,7 +61,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
             let what = format!("64 readers on 16 blobs, {name}");
             let mib = |bytes: f64| bytes / f64::from(1 << 20);
             let above = mib(peak as f64 - BUDGET as f64);
-            let row = format!("{what}: above the budget of 128 MiB");
+            let row = format!("{what}, beyond the budget of 128 MiB");
             table.add_with_bar(Unit::AnonymousMib, place, &row, Bar::at_most(64.0), above);
             table.add(Unit::AnonymousMib, place, &what, mib(peak as f64));
             table.add(Unit::PulledMib, place, &what, mib(pulled as f64));

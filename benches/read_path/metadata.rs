@@ -12,7 +12,6 @@ use crate::servers::Place;
 use crate::table::{Bar, Table, Unit};
 
 const FILES: usize = 10_000;
-const TURNS: usize = 10;
 
 /// Against the same tree on the disk.
 pub(crate) fn measure(bench: &Bench, table: &mut Table) {
@@ -34,7 +33,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
         find(&model.plain(), &["-size", "+0"]);
         let before = server.traffic();
         for (name, test) in [("find", &[][..]), ("find -size", &["-size", "+0"])] {
-            for turn in 0..TURNS {
+            for turn in 0..bench.options.scaled(8, 3) {
                 let native = || seconds(|| find(&model.plain(), test));
                 let ours = || seconds(|| find(mount.model(), test));
                 let (disk, mounted) = either_first(turn, native, ours);

@@ -12,6 +12,10 @@ use crate::machine::{self, Watch};
 use crate::models::{Blob, Model};
 use crate::servers::{Server, run};
 
+/// For a mount to come up.
+const START: Duration = Duration::from_secs(30);
+
+/// For a blob that was read to be verified.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The name of the threads that hash.
@@ -41,7 +45,7 @@ impl Mount {
             .arg(&point)
             .stderr(File::create(dir.join("mount.log")).unwrap());
         let daemon = command.spawn().unwrap();
-        let mount = Self {
+        let mut mount = Self {
             watch: Watch::start(daemon.id(), HASHERS),
             daemon,
             model: point.join(format!("{}/{}", server.address, model.reference())),
@@ -49,7 +53,10 @@ impl Mount {
         };
         let start = Instant::now();
         while fs::metadata(&mount.point).unwrap().dev() == outside {
-            assert!(start.elapsed() < PATIENCE, "the mount does not come up");
+            let ended = mount.daemon.try_wait().unwrap();
+            let waiting = ended.is_none() && start.elapsed() < START;
+            let log = fs::read_to_string(dir.join("mount.log"));
+            assert!(waiting, "the mount does not come up: {log:?}");
             std::thread::sleep(Duration::from_millis(10));
         }
         let listed = fs::read_dir(&mount.model).unwrap().count();

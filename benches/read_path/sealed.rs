@@ -98,8 +98,7 @@ fn through_the_daemon(server: &Server, model: &Model, blob: &Blob, dir: &Path, t
             let bar = Bar::at_least(bar).aim(aim);
             table.ratio("disk", &what, bar, disk / mounted);
         }
-        let what =
-            format!("sealed {name}, without passthrough, replied by the daemon to a second read");
+        let what = format!("sealed {name}, without passthrough, second read, sent by the daemon");
         let mib = replied / f64::from(1 << 20);
         table.add_with_bar(Unit::PulledMib, "daemon", &what, Bar::at_most(0.1), mib);
         mount.stop();

@@ -46,7 +46,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
             let pulled = server.crossed() - before.0;
             let requests = server.traffic().since(before.1).requests;
             mount.stop();
-            let what = format!("1 MiB + 100 x 64 KiB, pulled in the first second ÷ wanted, {name}");
+            let what = format!("1 MiB + 100 x 64 KiB, pulled in 1 s ÷ wanted, {name}");
             table.ratio(
                 place,
                 &what,

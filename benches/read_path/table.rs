@@ -178,13 +178,13 @@ impl Table {
                 continue;
             }
             let title = unit.title();
-            println!("\n{title:<76}{:>8}  {:<18}bar", "median", "(min – max)");
+            println!("\n{title:<84}{:>8}  {:<18}bar", "median", "(min – max)");
             for row in rows {
                 let middle = median(&row.figures);
                 let low = row.figures.iter().copied().fold(f64::INFINITY, f64::min);
-                let high = row.figures.iter().copied().fold(0.0, f64::max);
+                let high = row.figures.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let line = format!(
-                    "{:<10}{:<66}{middle:>8.2}  {:<18}{:<17}{}",
+                    "{:<10}{:<74}{middle:>8.2}  {:<18}{:<18}{}",
                     row.place,
                     row.what,
                     format!("({low:.2} – {high:.2})"),
