@@ -182,7 +182,11 @@ impl Table {
             for row in rows {
                 let middle = median(&row.figures);
                 let low = row.figures.iter().copied().fold(f64::INFINITY, f64::min);
-                let high = row.figures.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let high = row
+                    .figures
+                    .iter()
+                    .copied()
+                    .fold(f64::NEG_INFINITY, f64::max);
                 let line = format!(
                     "{:<10}{:<74}{middle:>8.2}  {:<18}{:<18}{}",
                     row.place,

@@ -41,7 +41,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
     let mount = Mount::start(&server, &model, dir, &[]);
     let native = File::open(model.plain().join(NAME)).unwrap();
     let file = File::open(mount.file(NAME)).unwrap();
-    for (way, read) in WAYS {
+    for (way, read) in &WAYS[..2] {
         read(&file);
         mount.wait_until_verified(NAME);
         read(&native);
