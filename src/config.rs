@@ -22,7 +22,7 @@ mod tests;
 
 pub use nearest::nearest;
 pub use parse::duration;
-use parse::{cache_size, positive, prefetch, split, strict, yes_or_no};
+use parse::{cache_size, connections, http_version, positive, prefetch, split, strict, yes_or_no};
 
 /// What a setting's value looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +94,14 @@ pub const SETTINGS: &[Setting] = &[
         "how long a connection to a registry may take to come up",
     ),
     one("stall-timeout", "how long a registry may send nothing"),
+    one(
+        "http",
+        "the HTTP of servers with TLS: auto (parts over connections of their own), 1.1 or 2",
+    ),
+    one(
+        "max-connections",
+        "most parts that are fetched from a host at a time, 1 to 16",
+    ),
     switch(
         "passthrough",
         "let the kernel read sealed blobs without the daemon, where it can",
@@ -476,6 +484,10 @@ impl Settings {
                 stall_timeout: values
                     .read("stall-timeout", positive)?
                     .unwrap_or(seconds(30)),
+                http: values.read("http", http_version)?.unwrap_or_default(),
+                max_connections: values
+                    .read("max-connections", connections)?
+                    .unwrap_or(RegistryConfig::MOST_CONNECTIONS),
             },
             blob: BlobConfig {
                 prefetch: values.read("prefetch", prefetch)?.unwrap_or_default(),

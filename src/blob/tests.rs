@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::*;
 use crate::base::Deadline;
 use crate::cache::CacheConfig;
-use crate::registry::RegistryConfig;
+use crate::registry::{HttpVersion, RegistryConfig};
 
 /// How the server treats a blob request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +191,8 @@ fn blobs(dir: &Path, limit: u64, config: BlobConfig) -> Blobs {
         auth_files: None,
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(5),
+        http: HttpVersion::Auto,
+        max_connections: RegistryConfig::MOST_CONNECTIONS,
     })
     .unwrap();
     Blobs::new(cache, registry, config)

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::base::ByteSize;
 use crate::blob::Prefetch;
+use crate::registry::{HttpVersion, RegistryConfig};
 
 /// A list in a variable or a mount option. A `:` before a port (digits alone) belongs to the item.
 pub(super) fn split(text: &str) -> Vec<String> {
@@ -40,6 +41,23 @@ pub(super) fn yes_or_no(text: &str) -> Result<bool, String> {
         "true" | "yes" | "on" | "1" => Ok(true),
         "false" | "no" | "off" | "0" => Ok(false),
         _ => Err(format!("`{text}` is neither true nor false")),
+    }
+}
+
+pub(super) fn http_version(text: &str) -> Result<HttpVersion, String> {
+    match text {
+        "auto" => Ok(HttpVersion::Auto),
+        "1.1" => Ok(HttpVersion::Http1),
+        "2" => Ok(HttpVersion::Http2),
+        _ => Err(format!("`{text}` is not one of auto, 1.1, 2")),
+    }
+}
+
+pub(super) fn connections(text: &str) -> Result<usize, String> {
+    let most = RegistryConfig::MOST_CONNECTIONS;
+    match text.parse() {
+        Ok(number) if (1..=most).contains(&number) => Ok(number),
+        _ => Err(format!("`{text}` is not a number from 1 to {most}")),
     }
 }
 

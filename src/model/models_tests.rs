@@ -17,7 +17,7 @@ use crate::base::ByteRange;
 use crate::blob::{BlobConfig, Prefetch};
 use crate::cache::{Cache, CacheConfig};
 use crate::model::safetensors::file_for_tests as safetensors_file;
-use crate::registry::{Registry, RegistryConfig};
+use crate::registry::{HttpVersion, Registry, RegistryConfig};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const SHARD: &str = "application/vnd.docker.ai.safetensors";
@@ -162,6 +162,8 @@ fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
         auth_files: None,
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(5),
+        http: HttpVersion::Auto,
+        max_connections: RegistryConfig::MOST_CONNECTIONS,
     });
     let blobs = BlobConfig {
         prefetch: Prefetch::None,

@@ -33,6 +33,8 @@ pub(super) struct Call<'a> {
     pub(super) path: String,
     pub(super) accept: Option<&'static str>,
     pub(super) range: Option<HeaderValue>,
+    /// See [`Ask::bulk`].
+    pub(super) bulk: bool,
     /// What is asked for, for errors.
     pub(super) what: String,
 }
@@ -180,6 +182,7 @@ impl Client {
             range: call.range.clone(),
             authorization: known.grant.as_ref().map(|grant| grant.header.clone()),
             form: None,
+            bulk: call.bulk,
         };
         self.transport.send(&ask, &call.what).await
     }

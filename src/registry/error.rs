@@ -1,9 +1,12 @@
 //! What can go wrong on the way to a registry.
 
+use std::error::Error as StdError;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::dial::DialError;
+use super::pool::PoolError;
 use crate::base::Digest;
 
 /// What can go wrong on the way to a registry. URLs in it are stripped of queries and credentials.
@@ -55,7 +58,7 @@ pub enum RegistryError {
         host: String,
         /// The cause.
         #[source]
-        source: Arc<reqwest::Error>,
+        source: Arc<dyn StdError + Send + Sync>,
     },
     /// No connection came up.
     #[error("{host}: cannot connect")]
@@ -64,7 +67,7 @@ pub enum RegistryError {
         host: String,
         /// The cause.
         #[source]
-        source: Arc<reqwest::Error>,
+        source: Arc<dyn StdError + Send + Sync>,
     },
     /// TLS failed: a certificate that nobody vouches for, or a server that does not speak TLS.
     #[error("{host}: no trusted TLS connection; {hint}")]
@@ -75,7 +78,7 @@ pub enum RegistryError {
         hint: &'static str,
         /// The cause.
         #[source]
-        source: Arc<reqwest::Error>,
+        source: Arc<dyn StdError + Send + Sync>,
     },
     /// The server sent nothing for too long.
     #[error("{what}: the server sent nothing for {} ms", .after.as_millis())]
@@ -149,7 +152,7 @@ pub enum RegistryError {
     Setup {
         /// The cause.
         #[source]
-        source: Arc<reqwest::Error>,
+        source: Arc<dyn StdError + Send + Sync>,
     },
     /// The local content of a push could not be read, or is not what was announced.
     #[error("{what}: the local content could not be read: {reason}")]
@@ -234,31 +237,68 @@ impl RegistryError {
     /// The error for a request that got no response; `host` is what it was sent to.
     pub(super) fn from_transport(what: &str, host: &str, error: reqwest::Error) -> Self {
         // The URL of the error may carry a signature in its query.
-        let source = Arc::new(error.without_url());
+        let error = error.without_url();
         let host = host.to_owned();
-        if let Some(tls) = tls_cause(&source) {
+        if let Some(tls) = tls_cause(&error) {
             return Self::Tls {
                 host,
                 hint: tls_hint(tls),
-                source,
+                source: Arc::new(error),
             };
         }
-        if source.is_dns() {
+        if error.is_dns() {
+            let source = Arc::new(error);
             return Self::Dns { host, source };
         }
-        if source.is_connect() {
+        if error.is_connect() {
+            let source = Arc::new(error);
             return Self::Connect { host, source };
         }
         Self::Interrupted {
             what: what.to_owned(),
-            reason: innermost(&*source),
+            reason: innermost(&error),
+        }
+    }
+
+    /// The same for a connection of our own.
+    pub(super) fn from_pool(what: &str, host: &str, error: PoolError) -> Self {
+        let host = host.to_owned();
+        match error {
+            PoolError::Dial(DialError::Name(error)) => Self::Dns {
+                host,
+                source: Arc::new(error),
+            },
+            PoolError::Dial(DialError::Connect(error)) => Self::Connect {
+                host,
+                source: Arc::new(error),
+            },
+            PoolError::Dial(DialError::Tls(error)) => match tls_cause(&error) {
+                Some(tls) => Self::Tls {
+                    host,
+                    hint: tls_hint(tls),
+                    source: Arc::new(error),
+                },
+                // It hung up in the middle of the handshake.
+                None => Self::Connect {
+                    host,
+                    source: Arc::new(error),
+                },
+            },
+            PoolError::Exchange(error) => Self::Interrupted {
+                what: what.to_owned(),
+                reason: innermost(&error),
+            },
+            PoolError::Otherwise | PoolError::Dial(DialError::Protocol) => Self::Protocol {
+                what: what.to_owned(),
+                reason: "the server does not speak HTTP/1.1".to_owned(),
+            },
         }
     }
 }
 
 /// The rustls error inside, if TLS is what failed. `io::Error::source` skips its own inner error, hence the second look.
-fn tls_cause(error: &reqwest::Error) -> Option<&rustls::Error> {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+fn tls_cause<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+    let mut next = Some(error);
     while let Some(error) = next {
         if let Some(tls) = error.downcast_ref::<rustls::Error>() {
             return Some(tls);

@@ -66,6 +66,7 @@ impl Client {
             path: format!("manifests/{tag}"),
             accept: Some(ACCEPT),
             range: None,
+            bulk: false,
             what: reference.to_string(),
         };
         match self
@@ -133,6 +134,7 @@ impl Client {
             path: format!("manifests/{digest}"),
             accept: Some(ACCEPT),
             range: None,
+            bulk: false,
             what: format!("manifest {repository}@{digest}"),
         };
         self.retry(&call.what, UNTIL_DEADLINE, deadline, || {

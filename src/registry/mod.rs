@@ -1,7 +1,9 @@
 //! Registries: references, credentials, tokens, ranged blob reads, retries, push.
 //!
-//! A request goes down through `client` (authorised, retried, under one deadline) to `transport` (TLS, redirects, time limits).
-//! What is decided on the way, by `address`, `challenge`, `retry` and the heads of `range`, are pure functions of what was received.
+//! A request goes down through `client` (authorised, retried, under one deadline) to `transport` (redirects, time limits), and from
+//! there to reqwest or, for large bodies, to our own connections (`pool`, `dial`, `wire`). `hosts` knows how many of them a host
+//! gets. What is decided on the way, by `address`, `challenge`, `retry`, `lanes` and the heads of `range`, are pure functions of
+//! what was received.
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -19,11 +21,15 @@ mod authfile;
 mod challenge;
 mod client;
 mod credentials;
+mod dial;
 mod error;
 mod helper;
 mod keep;
 mod login;
+mod hosts;
+mod lanes;
 mod manifest;
+mod pool;
 mod push;
 mod range;
 mod reference;
@@ -33,13 +39,16 @@ mod tags;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod token;
 mod transport;
+mod wire;
 
 pub use credentials::default_auth_files;
 pub use error::RegistryError;
 pub use keep::{KeepError, Kept, forget_login, keep_login};
 pub use login::Accepted;
+pub use hosts::Lane;
 pub use manifest::{Manifest, Resolved};
 pub use push::Pushed;
 pub use range::{BlobBody, BodyStream};
@@ -58,6 +67,27 @@ pub struct RegistryConfig {
     pub connect_timeout: Duration,
     /// How long a server may send nothing: before the response head, and between two pieces of a body.
     pub stall_timeout: Duration,
+    /// The protocol to speak.
+    pub http: HttpVersion,
+    /// Most parts that are fetched from one host at a time, 1 to 16.
+    pub max_connections: usize,
+}
+
+impl RegistryConfig {
+    /// As many parts at a time as pay, within our own bound.
+    pub const MOST_CONNECTIONS: usize = lanes::MOST;
+}
+
+/// Which HTTP is spoken with servers that use TLS; without it, it is always HTTP/1.1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HttpVersion {
+    /// Large bodies over several HTTP/1.1 connections, if the server speaks it; the rest over HTTP/2, if the server speaks that.
+    #[default]
+    Auto,
+    /// HTTP/1.1 alone.
+    Http1,
+    /// HTTP/2 for everything, if the server speaks it.
+    Http2,
 }
 
 /// A client of any number of registries; cheap to clone, all clones share connections and tokens.
@@ -108,6 +138,17 @@ impl Registry {
         deadline: Deadline,
     ) -> Result<Manifest, RegistryError> {
         self.client.manifest(repository, digest, deadline).await
+    }
+
+    /// Waits for the right to fetch a part of a blob. There are as many for a host as pay; whoever waits for bytes now need
+    /// not ask.
+    pub async fn lane(&self, repository: &Repository, digest: &Digest) -> Lane {
+        self.client.host_of(repository, digest).lane().await
+    }
+
+    /// The size that requests for parts of a blob should have: 8 MiB or 16 MiB, by what was measured.
+    pub fn part_size(&self, repository: &Repository, digest: &Digest) -> u64 {
+        self.client.host_of(repository, digest).part_size()
     }
 
     /// Starts a read of `range` of a blob of `size` bytes; returns when the response head is right.

@@ -305,7 +305,7 @@ impl Client {
             use_monolithic_push: true,
             extra_root_certificates: authorities.collect(),
             connect_timeout: Some(self.config.connect_timeout),
-            user_agent: super::transport::USER_AGENT,
+            user_agent: super::transport::NAME,
             http_proxy: no_proxy.then(|| "http://127.0.0.1".to_owned()),
             no_proxy: no_proxy.then(|| "localhost,127.0.0.0/8,::1".to_owned()),
             ..ClientConfig::default()
@@ -359,6 +359,7 @@ fn head<'a>(repository: &'a Repository, digest: &Digest, action: Action) -> Call
         path: format!("blobs/{digest}"),
         accept: None,
         range: None,
+        bulk: false,
         what: format!("blob {digest} of {repository}"),
     }
 }

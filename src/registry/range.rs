@@ -2,16 +2,17 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Mutex;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Method, Response, Url};
 
-use super::address::same_origin;
+use super::address::{address_of, same_origin};
 use super::auth::Action;
 use super::client::{Call, Client};
+use super::hosts::Host;
 use super::retry::UNTIL_DEADLINE;
 use super::transport::{Answer, Ask, next_piece};
 use super::{RegistryError, Repository};
@@ -37,6 +38,11 @@ pub struct BodyStream {
     stall_timeout: Duration,
     what: String,
     ended: bool,
+    host: Arc<Host>,
+    /// From the request to its head.
+    head: Duration,
+    begun: Instant,
+    received: u64,
 }
 
 impl BodyStream {
@@ -59,6 +65,8 @@ impl BodyStream {
                 }
                 Ok(Some(piece)) => {
                     self.left -= piece.len() as u64;
+                    self.received += piece.len() as u64;
+                    self.host.delivered(piece.len() as u64);
                     return Ok(Some(piece));
                 }
                 Ok(None) => {
@@ -70,6 +78,8 @@ impl BodyStream {
                             format!("the body ended {missing} bytes early"),
                         ));
                     }
+                    self.host
+                        .timed(self.head, self.begun.elapsed(), self.received);
                 }
                 Err(error) => {
                     self.ended = true;
@@ -95,6 +105,9 @@ enum Promise {
     /// The whole blob.
     Whole,
 }
+
+/// Bodies from here on come over connections of their own; smaller ones would cost more in handshakes than they gain.
+const BULK: u64 = 1 << 20;
 
 /// Checks the head of a 200 or 206 against what was asked for.
 fn check_head(
@@ -215,6 +228,15 @@ impl fmt::Debug for KeptUrls {
 }
 
 impl Client {
+    /// The host that sends a blob, as far as is known.
+    pub(super) fn host_of(&self, repository: &Repository, digest: &Digest) -> Arc<Host> {
+        let kept = self.kept.get(&(repository.clone(), *digest));
+        match kept {
+            Some(url) => self.transport.host(&address_of(&url)),
+            None => self.transport.host(repository.address()),
+        }
+    }
+
     /// See [`super::Registry::blob`].
     pub(super) async fn blob(
         &self,
@@ -238,6 +260,7 @@ impl Client {
             path: format!("blobs/{digest}"),
             accept: None,
             range: Some(header),
+            bulk: range.len() >= BULK,
             what,
         };
         let key = (repository.clone(), *digest);
@@ -289,6 +312,7 @@ impl Client {
         } else {
             let ask = Ask {
                 range: call.range.clone(),
+                bulk: call.bulk,
                 ..Ask::new(Method::GET, url.clone())
             };
             self.transport.send(&ask, &call.what).await?
@@ -320,6 +344,10 @@ impl Client {
             },
         )?;
         let stream = |left: u64, withheld: u64| BodyStream {
+            host: self.transport.host(&address_of(&answer.url)),
+            head: answer.head,
+            begun: Instant::now(),
+            received: 0,
             response: answer.response,
             left,
             withheld,

@@ -32,6 +32,7 @@ impl Client {
             path: format!("tags/list?n={}", limit.clamp(1, PAGE)),
             accept: None,
             range: None,
+            bulk: false,
             what: format!("tags of {repository}"),
         };
         let mut tags = Vec::new();

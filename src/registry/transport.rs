@@ -1,10 +1,11 @@
 //! One request on the wire: TLS, plain HTTP where allowed, redirects, time limits. No credentials are chosen here.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, Once};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
+use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::header::{
     ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RANGE,
     RETRY_AFTER,
@@ -13,8 +14,11 @@ use reqwest::{Method, Response, Url};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::address::{PlainHosts, address_of, host_of, is_loopback, same_origin, shown};
+use super::dial::Dialer;
 use super::error::chain;
-use super::{RegistryConfig, RegistryError};
+use super::hosts::{Host, Hosts};
+use super::pool::{Pool, PoolError};
+use super::{HttpVersion, RegistryConfig, RegistryError, tls};
 use crate::base::{Secret, lock};
 
 /// Most redirects in a row.
@@ -25,7 +29,7 @@ const LONGEST_ERROR: usize = 64 << 10;
 const PROBE_TIME: Duration = Duration::from_secs(1);
 
 /// How we introduce ourselves.
-pub(super) const USER_AGENT: &str = concat!("ocifs/", env!("CARGO_PKG_VERSION"));
+pub(super) const NAME: &str = concat!("ocifs/", env!("CARGO_PKG_VERSION"));
 
 /// One request.
 #[derive(Clone)]
@@ -39,6 +43,8 @@ pub(super) struct Ask {
     pub(super) authorization: Option<HeaderValue>,
     /// A form to POST.
     pub(super) form: Option<Secret>,
+    /// A large body comes back: it gets a connection of its own.
+    pub(super) bulk: bool,
 }
 
 impl Ask {
@@ -51,6 +57,7 @@ impl Ask {
             range: None,
             authorization: None,
             form: None,
+            bulk: false,
         }
     }
 }
@@ -60,6 +67,8 @@ pub(super) struct Answer {
     pub(super) response: Response,
     /// What was asked at last; secret when it is a signed URL.
     pub(super) url: Url,
+    /// How long the last hop took to the head of its response.
+    pub(super) head: Duration,
     /// Whether there were redirects.
     pub(super) redirected: bool,
     /// Whether they led away from the origin that was asked: its 401 is not the registry's.
@@ -81,6 +90,12 @@ pub(super) struct Transport {
     /// For loopback: never through a proxy.
     near_client: reqwest::Client,
     far_client: reqwest::Client,
+    /// For large bodies through a proxy.
+    far_bulk_client: reqwest::Client,
+    /// For large bodies without one; `None` when HTTP/2 is asked for.
+    pool: Option<Pool>,
+    proxies: Matcher,
+    hosts: Hosts,
     plain: PlainHosts,
     /// What loopback servers speak; forgotten when a request to them fails.
     near_speak: Mutex<HashMap<String, Speaks>>,
@@ -93,21 +108,17 @@ pub(super) struct Transport {
 impl Transport {
     /// Reads the CA files and prepares TLS.
     pub(super) fn new(config: &RegistryConfig) -> Result<Self, RegistryError> {
-        install_provider();
         let setup = |error: reqwest::Error| RegistryError::Setup {
             source: Arc::new(error),
         };
-        let ders = read_authorities(config)?;
-        let authorities: Vec<_> = ders
-            .iter()
-            .map(|der| reqwest::Certificate::from_der(der))
-            .collect::<Result<_, _>>()
-            .map_err(setup)?;
-        let builder = || {
+        let authorities = tls::read_authorities(config)?;
+        let trust = tls::client(&authorities)?;
+        let http1 = config.http == HttpVersion::Http1;
+        let build = |near: bool, http1: bool| {
             let mut headers = HeaderMap::new();
             headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-            reqwest::Client::builder()
-                .user_agent(USER_AGENT)
+            let builder = reqwest::Client::builder()
+                .user_agent(NAME)
                 .default_headers(headers)
                 .redirect(reqwest::redirect::Policy::none())
                 // Retries are decided in one place, with the deadline in view.
@@ -121,29 +132,29 @@ impl Transport {
                 // A connection that died silently must not get the next try of each request that waits on it.
                 .http2_keep_alive_interval(Duration::from_secs(15))
                 .http2_keep_alive_timeout(Duration::from_secs(10))
-                .connect_timeout(config.connect_timeout)
-        };
-        let build = |near: bool| {
-            let proxied = || {
-                if near {
-                    builder().no_proxy()
-                } else {
-                    builder()
-                }
+                .connect_timeout(config.connect_timeout);
+            let builder = if http1 {
+                builder
+                    .http1_only()
+                    .tls_backend_preconfigured(tls::offering(&trust, &["http/1.1"]))
+            } else {
+                builder.tls_backend_preconfigured(tls::offering(&trust, &["h2", "http/1.1"]))
             };
-            proxied().tls_certs_merge(authorities.iter().cloned()).build().or_else(|error| {
-                // A machine without any system certificates still reaches plain hosts and those of the given authorities.
-                tracing::warn!(error = %chain(&error), "no certificates of the system can be used");
-                proxied().tls_certs_only(authorities.iter().cloned()).build()
-            })
+            let builder = if near { builder.no_proxy() } else { builder };
+            builder.build().map_err(setup)
         };
+        let dialer = Dialer::new(tls::offering(&trust, &["http/1.1"]), config.connect_timeout);
         Ok(Self {
-            near_client: build(true).map_err(setup)?,
-            far_client: build(false).map_err(setup)?,
+            near_client: build(true, http1)?,
+            far_client: build(false, http1)?,
+            far_bulk_client: build(false, config.http != HttpVersion::Http2)?,
+            pool: (config.http != HttpVersion::Http2).then(|| Pool::new(dialer)),
+            proxies: Matcher::from_system(),
+            hosts: Hosts::new(config.max_connections),
             plain: PlainHosts::new(&config.plain_http),
             near_speak: Mutex::default(),
-            hello: client_hello(),
-            authorities: ders,
+            hello: tls::client_hello(),
+            authorities,
             stall_timeout: config.stall_timeout,
         })
     }
@@ -156,6 +167,11 @@ impl Transport {
     /// The certificates of further authorities, DER.
     pub(super) fn authorities(&self) -> &[Vec<u8>] {
         &self.authorities
+    }
+
+    /// What is known about the host at `host[:port]`.
+    pub(super) fn host(&self, address: &str) -> Arc<Host> {
+        self.hosts.get(address)
     }
 
     /// Which hosts may be spoken to in the clear.
@@ -224,11 +240,13 @@ impl Transport {
         let mut url = ask.url.clone();
         let mut foreign = false;
         for hop in 0..=MOST_REDIRECTS {
+            let begun = Instant::now();
             let response = self.hop(ask, &url, !foreign, what).await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(Answer {
                     response,
                     url,
+                    head: begun.elapsed(),
                     redirected: hop > 0,
                     foreign,
                 });
@@ -268,35 +286,38 @@ impl Transport {
         what: &str,
     ) -> Result<Response, RegistryError> {
         let near = url.host_str().is_some_and(is_loopback);
-        let client = if near {
-            &self.near_client
-        } else {
-            &self.far_client
-        };
-        let mut request = client.request(ask.method.clone(), url.clone());
-        if let Some(accept) = ask.accept {
-            request = request.header(ACCEPT, accept);
-        }
-        if let Some(range) = &ask.range {
-            request = request.header(RANGE, range);
-        }
-        if let Some(authorization) = ask.authorization.as_ref().filter(|_| home) {
-            request = request.header(AUTHORIZATION, authorization);
-        }
-        if let Some(form) = &ask.form {
-            request = request
-                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                .body(form.expose().to_owned());
+        let address = address_of(url);
+        let host = self.hosts.get(&address);
+        if let Some(left) = host.pause() {
+            return Err(RegistryError::RateLimited {
+                what: what.to_owned(),
+                reason: format!("{address} asked for a pause"),
+                retry_after: Some(left),
+            });
         }
         tracing::trace!(method = %ask.method, url = %shown(url), range = ?ask.range, "request");
-        let result = match tokio::time::timeout(self.stall_timeout, request.send()).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(RegistryError::from_transport(what, &address_of(url), error)),
-            Err(_) => Err(RegistryError::Timeout {
-                what: what.to_owned(),
-                after: self.stall_timeout,
-            }),
+        let sending = async {
+            match self.send_bulk(ask, url, near, home, what).await {
+                Some(result) => result,
+                None => self.send_light(ask, url, near, home, what).await,
+            }
         };
+        let result = tokio::time::timeout(self.stall_timeout, sending)
+            .await
+            .unwrap_or_else(|_| {
+                Err(RegistryError::Timeout {
+                    what: what.to_owned(),
+                    after: self.stall_timeout,
+                })
+            });
+        match &result {
+            Ok(response) => match (response.status().as_u16(), asked_pause(response)) {
+                (429, pause) | (503, pause @ Some(_)) => host.refused(pause),
+                _ => {}
+            },
+            Err(RegistryError::Connect { .. }) => host.refused(None),
+            Err(_) => {}
+        }
         if !near {
             return result;
         }
@@ -318,6 +339,79 @@ impl Transport {
                 Err(error)
             }
         }
+    }
+
+    /// Sends a request for a large body over a connection of our own; `None` when another way has to be taken.
+    async fn send_bulk(
+        &self,
+        ask: &Ask,
+        url: &Url,
+        near: bool,
+        home: bool,
+        what: &str,
+    ) -> Option<Result<Response, RegistryError>> {
+        let pool = self.pool.as_ref()?;
+        if !ask.bulk || ask.method != Method::GET || self.proxied(url, near) {
+            return None;
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert(reqwest::header::USER_AGENT, HeaderValue::from_static(NAME));
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(range) = &ask.range {
+            headers.insert(RANGE, range.clone());
+        }
+        if let Some(accept) = ask.accept {
+            headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        }
+        if let Some(authorization) = ask.authorization.as_ref().filter(|_| home) {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        match pool.get(url, &headers).await {
+            Ok(response) => Some(Ok(response.map(reqwest::Body::wrap).into())),
+            Err(PoolError::Otherwise) => None,
+            Err(error) => Some(Err(RegistryError::from_pool(what, &address_of(url), error))),
+        }
+    }
+
+    /// Whether a proxy stands between us and a server.
+    fn proxied(&self, url: &Url, near: bool) -> bool {
+        let uri = || url.as_str().parse().ok();
+        !near && uri().is_some_and(|uri| self.proxies.intercept(&uri).is_some())
+    }
+
+    /// Sends a request by reqwest.
+    async fn send_light(
+        &self,
+        ask: &Ask,
+        url: &Url,
+        near: bool,
+        home: bool,
+        what: &str,
+    ) -> Result<Response, RegistryError> {
+        let client = if near {
+            &self.near_client
+        } else if ask.bulk && self.proxied(url, near) {
+            &self.far_bulk_client
+        } else {
+            &self.far_client
+        };
+        let mut request = client.request(ask.method.clone(), url.clone());
+        if let Some(accept) = ask.accept {
+            request = request.header(ACCEPT, accept);
+        }
+        if let Some(range) = &ask.range {
+            request = request.header(RANGE, range);
+        }
+        if let Some(authorization) = ask.authorization.as_ref().filter(|_| home) {
+            request = request.header(AUTHORIZATION, authorization);
+        }
+        if let Some(form) = &ask.form {
+            request = request
+                .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(form.expose().to_owned());
+        }
+        let sent = request.send().await;
+        sent.map_err(|error| RegistryError::from_transport(what, &address_of(url), error))
     }
 
     /// A body of at most `limit` bytes; what Content-Length says is only a hint.
@@ -365,12 +459,7 @@ impl Transport {
         host: &str,
     ) -> RegistryError {
         let status = answer.response.status().as_u16();
-        let retry_after = answer
-            .response
-            .headers()
-            .get(RETRY_AFTER)
-            .and_then(|value| value.to_str().ok())
-            .and_then(|value| super::retry::retry_after(value, SystemTime::now()));
+        let retry_after = asked_pause(&answer.response);
         let mut body = Vec::new();
         if status != 416 {
             while body.len() < LONGEST_ERROR
@@ -418,53 +507,8 @@ pub(super) async fn next_piece(
     }
 }
 
-/// Makes ring rustls's cryptography for the process, unless the program has chosen one.
-fn install_provider() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // An error means that there is one already, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-    });
-}
-
-/// The certificates in the CA files, DER.
-fn read_authorities(config: &RegistryConfig) -> Result<Vec<Vec<u8>>, RegistryError> {
-    use rustls::pki_types::{CertificateDer, pem::PemObject};
-    let mut authorities = Vec::new();
-    for path in &config.ca_files {
-        let refuse = |reason: String| RegistryError::CaFile {
-            path: path.clone(),
-            reason,
-        };
-        let pem = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
-        let before = authorities.len();
-        for certificate in CertificateDer::pem_slice_iter(&pem) {
-            let certificate = certificate.map_err(|error| refuse(error.to_string()))?;
-            // Also refuses here what would otherwise fail far from its file.
-            rustls::RootCertStore::empty()
-                .add(certificate.clone())
-                .map_err(|error| refuse(error.to_string()))?;
-            authorities.push(certificate.to_vec());
-        }
-        if authorities.len() == before {
-            return Err(refuse("it has no PEM certificate".to_owned()));
-        }
-    }
-    Ok(authorities)
-}
-
-/// The first flight of a TLS client, for the probe alone: the handshake is never finished, so nothing is trusted.
-fn client_hello() -> Vec<u8> {
-    let config = rustls::ClientConfig::builder()
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth();
-    let name =
-        rustls::pki_types::ServerName::try_from("localhost").expect("localhost is a DNS name");
-    let mut hello = Vec::new();
-    let mut connection = rustls::ClientConnection::new(Arc::new(config), name)
-        .expect("a client configuration with defaults is complete");
-    connection
-        .write_tls(&mut hello)
-        .expect("a Vec takes every write");
-    hello
+/// How long a response asks us to wait.
+fn asked_pause(response: &Response) -> Option<Duration> {
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
+    super::retry::retry_after(value, SystemTime::now())
 }

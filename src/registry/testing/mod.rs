@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::base::{Deadline, Digest};
-use crate::registry::{Reference, Registry, RegistryConfig, Repository};
+use crate::registry::{HttpVersion, Reference, Registry, RegistryConfig, Repository};
 
 mod tls;
-pub(super) use tls::AUTHORITY;
+pub(super) use tls::{AUTHORITY, CERTIFICATE, KEY};
 
 /// What a client asked.
 #[derive(Clone, Debug, Default)]
@@ -348,6 +348,8 @@ pub(super) fn config() -> RegistryConfig {
         auth_files: None,
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(8),
+        http: HttpVersion::Auto,
+        max_connections: RegistryConfig::MOST_CONNECTIONS,
     }
 }
 

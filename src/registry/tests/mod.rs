@@ -3,4 +3,5 @@
 mod auth;
 mod blob;
 mod manifest;
+mod pool;
 mod push;

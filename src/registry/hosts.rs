@@ -1,0 +1,215 @@
+//! What is known about each host that sends bytes: lanes for parts, and pauses that it asked for.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::lanes::Lanes;
+use crate::base::lock;
+
+/// The longest that a host is left alone on its word; then one request asks again. Limits per repository or per kind of
+/// request ask for hours, and say nothing about the others.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Hosts that are remembered; those that nobody uses go when there are more.
+const MOST: usize = 1024;
+
+/// All hosts.
+#[derive(Debug)]
+pub(super) struct Hosts {
+    most_lanes: usize,
+    hosts: Mutex<HashMap<String, Arc<Host>>>,
+}
+
+/// One host.
+#[derive(Debug)]
+pub(super) struct Host {
+    /// As many permits as lanes, in order of arrival.
+    permits: Arc<Semaphore>,
+    state: Mutex<State>,
+    /// Bytes of blobs that it has sent.
+    delivered: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    lanes: Lanes,
+    /// Permits that exist.
+    permits: usize,
+    /// It asked to be left alone until then.
+    pause: Option<Instant>,
+}
+
+/// The right to fetch a part from a host.
+#[derive(Debug)]
+pub struct Lane {
+    host: Arc<Host>,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Hosts {
+    /// Never more than `most_lanes` lanes to one host.
+    pub(super) fn new(most_lanes: usize) -> Self {
+        Self {
+            most_lanes,
+            hosts: Mutex::default(),
+        }
+    }
+
+    /// The host at `host[:port]`.
+    pub(super) fn get(&self, address: &str) -> Arc<Host> {
+        let mut hosts = lock(&self.hosts);
+        if let Some(host) = hosts.get(address) {
+            return Arc::clone(host);
+        }
+        if hosts.len() >= MOST {
+            hosts.retain(|_, host| Arc::strong_count(host) > 1);
+        }
+        let lanes = Lanes::new(self.most_lanes);
+        let permits = lanes.limit();
+        let host = Arc::new(Host {
+            permits: Arc::new(Semaphore::new(permits)),
+            state: Mutex::new(State {
+                lanes,
+                permits,
+                pause: None,
+            }),
+            delivered: AtomicU64::new(0),
+        });
+        hosts.insert(address.to_owned(), Arc::clone(&host));
+        host
+    }
+}
+
+impl Host {
+    /// Waits for a lane.
+    pub(super) async fn lane(self: Arc<Self>) -> Lane {
+        let permits = Arc::clone(&self.permits);
+        Lane {
+            // The semaphore is never closed.
+            permit: permits.acquire_owned().await.ok(),
+            host: self,
+        }
+    }
+
+    /// How large parts should be.
+    pub(super) fn part_size(&self) -> u64 {
+        lock(&self.state).lanes.part_size()
+    }
+
+    /// How long the host still wants to be left alone.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        let until = lock(&self.state).pause?;
+        let left = until.saturating_duration_since(Instant::now());
+        Some(left).filter(|left| !left.is_zero())
+    }
+
+    /// The host answered 429 or 503, or took no connection.
+    pub(super) fn refused(&self, retry_after: Option<Duration>) {
+        let now = Instant::now();
+        let mut state = lock(&self.state);
+        state.lanes.refused(now);
+        if let Some(asked) = retry_after {
+            let until = now + asked.min(LONGEST_PAUSE);
+            state.pause = Some(state.pause.map_or(until, |pause| pause.max(until)));
+        }
+        self.fit(&mut state);
+    }
+
+    /// It has sent `bytes` of a blob.
+    pub(super) fn delivered(&self, bytes: u64) {
+        self.delivered.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A body of `bytes` took so long to its first byte and from there to its last.
+    pub(super) fn timed(&self, head: Duration, body: Duration, bytes: u64) {
+        lock(&self.state).lanes.timed(head, body, bytes);
+    }
+
+    /// Makes the permits as many as the lanes; those in use are taken away when they come back.
+    fn fit(&self, state: &mut State) {
+        let limit = state.lanes.limit();
+        if state.permits < limit {
+            self.permits.add_permits(limit - state.permits);
+            state.permits = limit;
+        } else {
+            state.permits -= self.permits.forget_permits(state.permits - limit);
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        let mut state = lock(&self.host.state);
+        if self.host.permits.available_permits() == 0 {
+            let delivered = self.host.delivered.load(Ordering::Relaxed);
+            state.lanes.part(Instant::now(), delivered);
+        } else {
+            state.lanes.idle();
+        }
+        if state.permits > state.lanes.limit()
+            && let Some(permit) = self.permit.take()
+        {
+            permit.forget();
+            state.permits -= 1;
+        }
+        self.host.fit(&mut state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt as _;
+
+    #[tokio::test]
+    async fn refusals_take_lanes_away_as_they_come_back() {
+        let hosts = Hosts::new(4);
+        let host = hosts.get("a:1");
+        let mut lanes = Vec::new();
+        for _ in 0..4 {
+            lanes.push(Arc::clone(&host).lane().now_or_never().unwrap());
+        }
+        assert!(
+            Arc::clone(&host).lane().now_or_never().is_none(),
+            "all are taken"
+        );
+        host.refused(None);
+        drop(lanes.split_off(2));
+        assert!(
+            Arc::clone(&host).lane().now_or_never().is_none(),
+            "two are left"
+        );
+        drop(lanes.pop());
+        let again = Arc::clone(&host).lane().now_or_never();
+        assert!(again.is_some());
+        assert!(Arc::clone(&host).lane().now_or_never().is_none());
+        assert!(
+            Arc::clone(&hosts.get("b:1"))
+                .lane()
+                .now_or_never()
+                .is_some(),
+            "another host is not concerned"
+        );
+    }
+
+    #[test]
+    fn a_pause_is_the_longest_that_was_asked_for_within_reason() {
+        let hosts = Hosts::new(4);
+        let host = hosts.get("a");
+        assert_eq!(host.pause(), None);
+        host.refused(Some(Duration::from_secs(7)));
+        host.refused(Some(Duration::from_secs(2)));
+        host.refused(None);
+        let pause = host.pause().unwrap();
+        assert!(
+            pause > Duration::from_secs(5) && pause <= Duration::from_secs(7),
+            "{pause:?}"
+        );
+        host.refused(Some(Duration::from_secs(6 * 3600)));
+        assert!(host.pause().unwrap() <= LONGEST_PAUSE);
+        assert_eq!(hosts.get("b").pause(), None);
+    }
+}
