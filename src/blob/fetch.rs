@@ -12,9 +12,10 @@ use tokio::time::{sleep, timeout, timeout_at};
 use super::BlobError;
 use super::flight::{Flight, Urgency};
 use super::lazy::{Chain, Hold, LazyBlob};
+use super::plan;
 use crate::base::{ByteRange, Deadline, lock};
 use crate::cache::Writer;
-use crate::registry::{BlobBody, BodyStream, RegistryError};
+use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
 /// How often to look whether another process has brought what it is fetching.
 const OTHERS_POLL: Duration = Duration::from_millis(10);
@@ -97,18 +98,36 @@ impl LazyBlob {
         Ok(())
     }
 
+    /// How large the parts are that this blob is fetched in.
+    pub(super) fn part_size(&self) -> u64 {
+        let first = lock(&self.repositories).first().cloned();
+        first.map_or(plan::PART, |repository| {
+            self.shared.registry.part_size(&repository, &self.digest)
+        })
+    }
+
     /// Waits for a connection: demand has its own, filling gives way to readers that wait.
-    async fn permit(&self, flight: &Flight) -> Option<SemaphorePermit<'_>> {
+    async fn permit(&self, flight: &Flight) -> Permit<'_> {
         let background = async {
             if flight.urgency == Urgency::Fill {
                 let mut foreground = self.shared.foreground.subscribe();
                 let _ = timeout(YIELD, foreground.wait_for(|count| *count == 0)).await;
             }
-            self.shared.parts.acquire().await.ok()
+            let first = lock(&self.repositories).first().cloned();
+            match first {
+                Some(repository) => {
+                    let lane = self.shared.registry.lane(&repository, &self.digest);
+                    Permit::Part(lane.await)
+                }
+                None => Permit::None,
+            }
         };
         let demand = async {
             flight.boosted().await;
-            self.shared.demands.acquire().await.ok()
+            match self.shared.demands.acquire().await {
+                Ok(permit) => Permit::Demand(permit),
+                Err(_) => Permit::None,
+            }
         };
         tokio::select! {
             biased;
@@ -414,6 +433,14 @@ impl LazyBlob {
             .await
             .map(|_| ())
     }
+}
+
+/// The right to make a request, given back when it is dropped.
+#[expect(dead_code, reason = "held, never read")]
+enum Permit<'a> {
+    Demand(SemaphorePermit<'a>),
+    Part(Lane),
+    None,
 }
 
 enum Claimed {

@@ -36,7 +36,7 @@ pub struct LazyBlob {
     pub(super) shared: Arc<Shared>,
     pub(super) digest: Digest,
     pub(super) size: u64,
-    repositories: Mutex<Vec<Repository>>,
+    pub(super) repositories: Mutex<Vec<Repository>>,
     slot: Mutex<Slot>,
     pub(super) state: Mutex<State>,
     pub(super) verified: watch::Sender<Verified>,
@@ -274,7 +274,7 @@ impl LazyBlob {
             if *self.verified.borrow() == Verified::Yes {
                 return Ok(());
             }
-            stream::iter(plan::parts(everything))
+            stream::iter(plan::parts(everything, 2 * plan::PART))
                 .map(|part| {
                     let hold = &hold;
                     async move {
@@ -282,7 +282,7 @@ impl LazyBlob {
                         self.ensure(hold, part, Urgency::Fill, deadline).await
                     }
                 })
-                .buffered(PARTS_AT_ONCE)
+                .buffered(PARTS_AT_ONCE / 2)
                 .try_collect::<()>()
                 .await?;
             if self.hash_what_came(&hold).await {
@@ -493,6 +493,7 @@ impl LazyBlob {
 
     /// Begins what is needed for `gaps` beyond what is under way; returns the flight that brings the first byte.
     fn launch(self: &Arc<Self>, gaps: &[ByteRange], urgency: Urgency) -> Arc<Flight> {
+        let part = self.part_size();
         let mut state = lock(&self.state);
         let mut begun = Vec::new();
         let first = gaps[0].start();
@@ -508,7 +509,7 @@ impl LazyBlob {
             begun.push(Flight::whole(self.size, urgency, first));
         } else {
             let flying: Vec<_> = state.flights.iter().map(|flight| flight.range).collect();
-            let requests = plan::requests(gaps, &flying).into_iter();
+            let requests = plan::requests(gaps, &flying, part).into_iter();
             begun.extend(requests.map(|range| Flight::new(range, urgency)));
         }
         state.flights.extend(begun.iter().cloned());

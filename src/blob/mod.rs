@@ -33,11 +33,11 @@ use readers::Readers;
 
 use crate::base::{ByteRange, Digest, lock};
 use crate::cache::Cache;
-use crate::registry::{Registry, RegistryError, Repository};
+use crate::registry::{Registry, RegistryConfig, RegistryError, Repository};
 
-/// Requests for parts that run at a time, all blobs together. More connections bring nothing on any link that was
-/// measured, and registries limit them.
-const PARTS_AT_ONCE: usize = 4;
+/// Parts of a blob that are asked for at a time when it is completed. How many of them run, the registry client decides for
+/// each host ([`Registry::lane`]).
+const PARTS_AT_ONCE: usize = RegistryConfig::MOST_CONNECTIONS;
 /// Requests for what a reader waits for, beside those.
 const DEMANDS_AT_ONCE: usize = 32;
 
@@ -187,7 +187,6 @@ struct Shared {
     config: BlobConfig,
     runtime: Handle,
     table: Mutex<HashMap<(Digest, u64), Weak<LazyBlob>>>,
-    parts: Semaphore,
     demands: Semaphore,
     /// How many readers wait, and how many requests for what readers want are under way.
     foreground: watch::Sender<usize>,
@@ -229,7 +228,6 @@ impl Blobs {
                 config,
                 runtime: Handle::current(),
                 table: Mutex::default(),
-                parts: Semaphore::new(PARTS_AT_ONCE),
                 demands: Semaphore::new(DEMANDS_AT_ONCE),
                 foreground: watch::Sender::new(0),
                 hashers: Hashers::new(Arc::clone(&readers)),

@@ -2,14 +2,16 @@
 
 use crate::base::ByteRange;
 
-/// The largest range that one request asks for. A Go registry pays milliseconds of processor time for each request, whatever
-/// its size; beyond this, a failed request costs more than a further one saves.
+/// The unit of parts. A Go registry pays milliseconds of processor time for each request, whatever its size; beyond twice
+/// this, a failed request costs more than a further one saves. What is asked for at a time is a part or two of them, by what the
+/// registry client has measured.
 pub(super) const PART: u64 = 8 << 20;
 
-/// What of `gaps` nobody is fetching yet, in requests of at most [`PART`] bytes.
+/// What of `gaps` nobody is fetching yet, in requests of at most `part` bytes.
 ///
-/// `gaps` and `flying` are in any order; cuts lie on multiples of [`PART`], so that neighbours ask for the same parts.
-pub(super) fn requests(gaps: &[ByteRange], flying: &[ByteRange]) -> Vec<ByteRange> {
+/// `gaps` and `flying` are in any order; cuts lie on multiples of `part`, so that neighbours ask for the same parts. A size
+/// that is a multiple of another one has cuts that are cuts of the other as well, so it may change at any time.
+pub(super) fn requests(gaps: &[ByteRange], flying: &[ByteRange], part: u64) -> Vec<ByteRange> {
     let mut wanted = Vec::new();
     for &gap in gaps {
         let mut rest = vec![gap];
@@ -19,7 +21,7 @@ pub(super) fn requests(gaps: &[ByteRange], flying: &[ByteRange]) -> Vec<ByteRang
                 .flat_map(|piece| without(piece, flight))
                 .collect();
         }
-        wanted.extend(rest.into_iter().flat_map(parts));
+        wanted.extend(rest.into_iter().flat_map(|piece| parts(piece, part)));
     }
     wanted
 }
@@ -59,12 +61,12 @@ fn without(range: ByteRange, hole: ByteRange) -> impl Iterator<Item = ByteRange>
         .filter(|piece| !piece.is_empty())
 }
 
-/// `range` cut at multiples of [`PART`].
-pub(super) fn parts(range: ByteRange) -> impl Iterator<Item = ByteRange> {
-    let first = range.start() / PART;
-    let last = range.end().div_ceil(PART);
+/// `range` cut at multiples of `part`.
+pub(super) fn parts(range: ByteRange, part: u64) -> impl Iterator<Item = ByteRange> {
+    let first = range.start() / part;
+    let last = range.end().div_ceil(part);
     (first..last)
-        .map(move |part| ByteRange::at(part * PART, PART).intersect(range))
+        .map(move |index| ByteRange::at(index * part, part).intersect(range))
         .filter(|part| !part.is_empty())
 }
 
@@ -95,13 +97,22 @@ mod tests {
     fn what_flies_is_not_asked_for_again() {
         let mib = 1 << 20;
         assert_eq!(
-            requests(&[range(0, 4 * mib)], &[range(mib, 2 * mib)]),
+            requests(&[range(0, 4 * mib)], &[range(mib, 2 * mib)], PART),
             [range(0, mib), range(2 * mib, 4 * mib)]
         );
-        assert_eq!(requests(&[range(0, mib)], &[range(0, 9 * mib)]), []);
+        assert_eq!(requests(&[range(0, mib)], &[range(0, 9 * mib)], PART), []);
         assert_eq!(
-            requests(&[range(7 * mib, 9 * mib)], &[]),
+            requests(&[range(7 * mib, 9 * mib)], &[], PART),
             [range(7 * mib, 8 * mib), range(8 * mib, 9 * mib)]
+        );
+        // Parts of another size are under way.
+        assert_eq!(
+            requests(&[range(0, 40 * mib)], &[range(8 * mib, 16 * mib)], 2 * PART),
+            [
+                range(0, 8 * mib),
+                range(16 * mib, 32 * mib),
+                range(32 * mib, 40 * mib)
+            ]
         );
     }
 
@@ -110,7 +121,9 @@ mod tests {
         fn requests_and_flights_cover_the_gaps_exactly_once(
             gaps in proptest::collection::vec((0u64..500, 0u64..100), 0..4),
             flying in proptest::collection::vec((0u64..600, 0u64..100), 0..4),
+            double in proptest::bool::ANY,
         ) {
+            let part = if double { 2 * PART } else { PART };
             // In units of a quarter part, so that cuts matter.
             let unit = PART / 4;
             let mut at = 0;
@@ -120,14 +133,14 @@ mod tests {
                 gap
             }).collect();
             let flying: Vec<_> = flying.into_iter().map(|(start, len)| ByteRange::at(start * unit, len * unit)).collect();
-            let asked = requests(&gaps, &flying);
+            let asked = requests(&gaps, &flying, part);
             for unit_at in (0..1200).map(|index| ByteRange::at(index * unit, unit)) {
                 let wanted = gaps.iter().any(|gap| gap.contains(unit_at));
                 let flies = flying.iter().any(|flight| flight.contains(unit_at));
                 let count = asked.iter().filter(|range| range.contains(unit_at)).count();
                 prop_assert_eq!(count, usize::from(wanted && !flies));
             }
-            prop_assert!(asked.iter().all(|range| range.len() <= PART && !range.is_empty()));
+            prop_assert!(asked.iter().all(|range| range.len() <= part && !range.is_empty()));
         }
     }
 }
