@@ -30,7 +30,8 @@ pub enum BlobBody {
 /// The body of a blob response, piece by piece.
 #[derive(Debug)]
 pub struct BodyStream {
-    response: Response,
+    /// On the heap, for it is large and what holds it is moved about.
+    response: Box<Response>,
     /// Bytes that the server announced and has not sent yet.
     left: u64,
     /// Bytes asked for that the server did not announce.
@@ -348,7 +349,7 @@ impl Client {
             head: answer.head,
             begun: Instant::now(),
             received: 0,
-            response: answer.response,
+            response: Box::new(answer.response),
             left,
             withheld,
             stall_timeout: self.transport.stall_timeout(),
