@@ -127,8 +127,8 @@ impl LazyBlob {
         match self.shared.cache.present(&self.digest, self.size) {
             0 => 0,
             all if all >= self.size => range.len(),
+            some if self.size == range.len() => some,
             // Which of them lie in the range shows only in the map.
-            _ if self.size == range.len() => self.shared.cache.present(&self.digest, self.size),
             _ => self.hold().entry().map_or(0, |entry| entry.present(range)),
         }
     }
