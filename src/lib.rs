@@ -10,8 +10,9 @@
 //!
 //! ```text
 //! cli ─ config            what was typed; wires the rest; the only place for stdout, the environment and anyhow
-//!  └ mount                the FUSE protocol: decode, call, reply; errno; session, daemon, control socket
-//!     └ tree              names → nodes; no network code, no fuser type
+//!  └ mount                requests: call, reply; errno; session, daemon, control socket
+//!     ├ fuse              the protocol: messages, threads, replies; knows no tree
+//!     └ tree              names → nodes; no network code, no FUSE type
 //!        └ model          reference → manifest → files; one file per packaging convention
 //!           └ blob        a lazy blob: what is here, what to fetch, in what order; verification; prefetch
 //!              ├ cache    bytes on disk: layout, chunk maps, eviction, locks between processes
@@ -58,6 +59,7 @@ pub mod blob;
 pub mod cache;
 pub mod cli;
 pub mod config;
+pub mod fuse;
 pub mod model;
 pub mod mount;
 pub mod pack;

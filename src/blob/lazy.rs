@@ -16,7 +16,7 @@ use super::prefetch::{Advice, Prefetcher};
 use super::verify::Hashing;
 use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
 use crate::base::{ByteRange, Deadline, Digest, lock};
-use crate::cache::{Cache, CacheError, Entry};
+use crate::cache::{Cache, CacheError, Data, Entry};
 use crate::registry::Repository;
 
 /// A cache that could not open the blob is asked again after this.
@@ -29,6 +29,9 @@ const ROUNDS: u32 = 3;
 const STREAMS: usize = 3;
 /// A request that somebody else began may fail for his reasons; a reader that joined it tries this often himself.
 const OWN_TRIES: u32 = 2;
+
+/// How bytes that are there are taken from the cache: [`Entry::read`] or [`Entry::share`].
+type Take<T> = fn(&Entry, ByteRange) -> Result<Option<T>, CacheError>;
 
 /// One lazy blob: some of its bytes are here, the rest come when they are read.
 #[derive(Debug)]
@@ -192,9 +195,22 @@ impl LazyBlob {
     /// The bytes of `range` if all are here; neither waits nor fetches. May be called from any thread, and counts as a
     /// read for the prefetcher.
     pub fn try_read(self: &Arc<Self>, range: ByteRange) -> Option<Result<Bytes, BlobError>> {
+        self.try_take(range, Entry::read)
+    }
+
+    /// As [`LazyBlob::try_read`], for the kernel to copy.
+    pub fn try_share(self: &Arc<Self>, range: ByteRange) -> Option<Result<Data, BlobError>> {
+        self.try_take(range, Entry::share)
+    }
+
+    fn try_take<T: From<Bytes>>(
+        self: &Arc<Self>,
+        range: ByteRange,
+        take: Take<T>,
+    ) -> Option<Result<T, BlobError>> {
         let hold = self.hold();
         let result = self
-            .look(&hold, range, self.shared.config.strict)
+            .look(&hold, range, self.shared.config.strict, take)
             .transpose()?;
         if result.is_ok() {
             self.shared.readers.note();
@@ -208,20 +224,37 @@ impl LazyBlob {
     /// # Errors
     /// Any [`BlobError`] but `NoRoom`: what the cache cannot keep is served all the same.
     pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, BlobError> {
+        self.take(range, Entry::read).await
+    }
+
+    /// As [`LazyBlob::read`], for the kernel to copy.
+    pub async fn share(self: &Arc<Self>, range: ByteRange) -> Result<Data, BlobError> {
+        self.take(range, Entry::share).await
+    }
+
+    async fn take<T: From<Bytes>>(
+        self: &Arc<Self>,
+        range: ByteRange,
+        take: Take<T>,
+    ) -> Result<T, BlobError> {
         if self.shared.config.strict {
-            return self.read_strictly(range).await;
+            return self.read_strictly(range, take).await;
         }
         self.note(range);
-        self.fetch_and_read(range, Deadline::after(self.shared.config.read_timeout))
-            .await
+        let deadline = Deadline::after(self.shared.config.read_timeout);
+        self.fetch_and_read(range, deadline, take).await
     }
 
     /// The bytes of `range` once the blob is whole and right, from the cache file that was hashed and nowhere else.
-    async fn read_strictly(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, BlobError> {
+    async fn read_strictly<T: From<Bytes>>(
+        self: &Arc<Self>,
+        range: ByteRange,
+        take: Take<T>,
+    ) -> Result<T, BlobError> {
         let hold = self.hold();
         for _ in 0..ROUNDS {
             self.complete().await?;
-            if let Some(bytes) = self.look(&hold, range, true)? {
+            if let Some(bytes) = self.look(&hold, range, true, take)? {
                 return Ok(bytes);
             }
         }
@@ -237,19 +270,20 @@ impl LazyBlob {
         range: ByteRange,
         deadline: Deadline,
     ) -> Result<Bytes, BlobError> {
-        self.fetch_and_read(range, deadline).await
+        self.fetch_and_read(range, deadline, Entry::read).await
     }
 
-    async fn fetch_and_read(
+    async fn fetch_and_read<T: From<Bytes>>(
         self: &Arc<Self>,
         range: ByteRange,
         deadline: Deadline,
-    ) -> Result<Bytes, BlobError> {
+        take: Take<T>,
+    ) -> Result<T, BlobError> {
         let hold = self.hold();
         loop {
             self.ensure(&hold, range, Urgency::Demand, deadline).await?;
             // Nothing only when a cached chunk turned out damaged or memory ran over meanwhile: fetch again.
-            if let Some(bytes) = self.look(&hold, range, false)? {
+            if let Some(bytes) = self.look(&hold, range, false, take)? {
                 return Ok(bytes);
             }
             if deadline.passed() {
@@ -300,12 +334,13 @@ impl LazyBlob {
     }
 
     /// What `range` holds, from cache and memory; `None` when some of it is not here.
-    fn look(
+    fn look<T: From<Bytes>>(
         &self,
         hold: &Hold,
         range: ByteRange,
         strict: bool,
-    ) -> Result<Option<Bytes>, BlobError> {
+        take: Take<T>,
+    ) -> Result<Option<T>, BlobError> {
         self.check()?;
         if range.end() > self.size {
             return Err(BlobError::OutOfBounds {
@@ -315,14 +350,14 @@ impl LazyBlob {
             });
         }
         if range.is_empty() {
-            return Ok(Some(Bytes::new()));
+            return Ok(Some(Bytes::new().into()));
         }
         let entry = hold.entry();
         if strict && *self.verified.borrow() != Verified::Yes {
             return Ok(None);
         }
         if let Some(entry) = &entry {
-            match entry.read(range) {
+            match take(entry, range) {
                 Ok(Some(bytes)) => return Ok(Some(bytes)),
                 Ok(None) => {}
                 Err(error) => self.distrust(entry, &error),
@@ -347,7 +382,7 @@ impl LazyBlob {
                 _ => return Ok(None),
             }
         }
-        Ok(Some(bytes.freeze()))
+        Ok(Some(bytes.freeze().into()))
     }
 
     /// Goes on without a cache file that cannot be read, for a while: its bytes come from the registry again.

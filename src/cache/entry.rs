@@ -16,8 +16,8 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -27,11 +27,15 @@ use rustix::io::Errno;
 use super::chunkmap::{ChunkMap, State};
 use super::layout::sync_dir;
 use super::lock::{self, Claim};
+use super::mapped::{Data, Map};
 use super::{Cache, CacheError};
 use crate::base::{ByteRange, Digest};
 
 /// The last use of a blob is noted again only when the note is older than this.
 const TOUCH_AFTER: Duration = Duration::from_secs(1);
+
+/// Fewer bytes than these are copied: that costs less than two system calls with a page table between them.
+const MAP_FROM: u64 = 32 << 10;
 
 /// An open blob of the cache. While one exists, no process evicts the blob.
 #[derive(Debug)]
@@ -43,6 +47,8 @@ pub struct Entry {
     /// `None` when the blob was sealed already.
     map: Option<ChunkMap>,
     state: AtomicU8,
+    /// All of the data file, made when it is first of use; `None` where it cannot be had.
+    mapping: OnceLock<Option<Arc<Map>>>,
 }
 
 const PARTIAL: u8 = 0;
@@ -100,6 +106,7 @@ impl Entry {
             data,
             map: None,
             state: AtomicU8::new(SEALED),
+            mapping: OnceLock::new(),
         }))
     }
 
@@ -169,6 +176,7 @@ impl Entry {
             data,
             map: Some(map),
             state: AtomicU8::new(PARTIAL),
+            mapping: OnceLock::new(),
         }))
     }
 
@@ -261,7 +269,35 @@ impl Entry {
         Ok(true)
     }
 
-    /// Whether all of `range` is here and is what was written.
+    /// All of `range` for the kernel to copy; `None` when not all of it is here, or what was here turned out damaged.
+    pub fn share(&self, range: ByteRange) -> Result<Option<Data>, CacheError> {
+        if range.len() < MAP_FROM {
+            return Ok(self.read(range)?.map(Data::Owned));
+        }
+        if !self.is_sound(range)? {
+            return Ok(None);
+        }
+        if let Some(Ok(mapped)) = self.mapping().map(|map| map.range(range)) {
+            return Ok(Some(Data::Mapped(mapped)));
+        }
+        // A read finds out what is wrong, should anything be.
+        let failed = |error| CacheError::io("read", &self.path())(error);
+        let bytes = self.read_unchecked(range).map_err(failed)?;
+        Ok(Some(Data::Owned(bytes)))
+    }
+
+    fn mapping(&self) -> Option<&Arc<Map>> {
+        let make = || match Map::new(&self.data, self.size) {
+            Ok(map) => Some(Arc::new(map)),
+            Err(error) => {
+                tracing::debug!(digest = %self.digest, %error, "a cache file is read, not mapped");
+                None
+            }
+        };
+        self.mapping.get_or_init(make).as_ref()
+    }
+
+    /// Whether all of `range` is here and every chunk of it was either written or found sound by this process.
     fn is_sound(&self, range: ByteRange) -> Result<bool, CacheError> {
         let Some(map) = self.open_map() else {
             return Ok(true);

@@ -21,7 +21,7 @@ use bytes::Bytes;
 
 use crate::base::{ByteRange, Deadline, Digest};
 use crate::blob::{BlobError, Hold, LazyBlob, Verified};
-use crate::cache;
+use crate::cache::{self, Data};
 use crate::registry::RegistryError;
 
 mod answers;
@@ -333,15 +333,28 @@ impl File {
             && matches!(&self.content, Content::Blob { blob, .. } if blob.verified() == Verified::Yes)
     }
 
-    /// The bytes of `range` (cut at the file's end) if they can be had without waiting.
-    pub fn try_read(&self, range: ByteRange) -> Option<Result<Bytes, BlobError>> {
+    /// The bytes of `range` (cut at the file's end) for the kernel to copy, if they can be had without waiting.
+    pub fn try_share(&self, range: ByteRange) -> Option<Result<Data, BlobError>> {
         let range = self.cut(range);
         match &self.content {
-            _ if range.is_empty() => Some(Ok(Bytes::new())),
-            Content::Inline(bytes) => Some(Ok(slice(bytes, range))),
-            Content::Blob { blob, offset } => blob.try_read(shifted(range, *offset)),
-            Content::Unpacked { layer, offset } => layer.try_read(shifted(range, *offset)),
+            _ if range.is_empty() => Some(Ok(Bytes::new().into())),
+            Content::Inline(bytes) => Some(Ok(slice(bytes, range).into())),
+            Content::Blob { blob, offset } => blob.try_share(shifted(range, *offset)),
+            Content::Unpacked { layer, offset } => layer
+                .try_read(shifted(range, *offset))
+                .map(|result| result.map(Data::Owned)),
             Content::Chunked(_) => None,
+        }
+    }
+
+    /// The bytes of `range` for the kernel to copy, cut at the file's end; never short before it.
+    pub async fn share(&self, range: ByteRange) -> Result<Data, BlobError> {
+        let range = self.cut(range);
+        match &self.content {
+            _ if range.is_empty() => Ok(Bytes::new().into()),
+            Content::Inline(bytes) => Ok(slice(bytes, range).into()),
+            Content::Blob { blob, offset } => blob.share(shifted(range, *offset)).await,
+            Content::Unpacked { .. } | Content::Chunked(_) => self.read(range).await.map(Data::Owned),
         }
     }
 
@@ -422,7 +435,10 @@ mod tests {
             let range = ByteRange::new(start, end);
             let expected = &content[start.min(size) as usize..end.min(size) as usize];
             assert_eq!(file.read(range).await.unwrap(), expected, "{range}");
-            assert_eq!(file.try_read(range).unwrap().unwrap(), expected, "{range}");
+            let Some(Ok(Data::Owned(shared))) = file.try_share(range) else {
+                panic!("{range}: it is in memory");
+            };
+            assert_eq!(shared, expected, "{range}");
         }
         let tensors = file
             .tensors(Deadline::after(Duration::from_secs(1)))

@@ -1,37 +1,34 @@
 //! Error numbers: the only file that names them.
 
-use fuser::Errno;
+use rustix::io::Errno;
 
 use crate::tree::TreeError;
 
-/// For every operation that would write. The kernel answers these itself, because the mount is read-only; this is for
-/// those that it lets through.
-pub(super) const READ_ONLY: Errno = Errno::EROFS;
-
-/// The kernel remembers that we do not do this, and falls back to its generic way.
-pub(super) const NOT_DONE_HERE: Errno = Errno::ENOSYS;
+/// For an open that would write. The kernel answers these itself, because the mount is read-only; this is for those that it
+/// lets through.
+pub(super) const READ_ONLY: Errno = Errno::ROFS;
 
 /// A name that is not UTF-8: nothing has such a name.
-pub(super) const NO_SUCH_NAME: Errno = Errno::ENOENT;
+pub(super) const NO_SUCH_NAME: Errno = Errno::NOENT;
 
 /// The buffer for an extended attribute is too small.
-pub(super) const BUFFER_TOO_SMALL: Errno = Errno::ERANGE;
+pub(super) const BUFFER_TOO_SMALL: Errno = Errno::RANGE;
 
 /// The number that a program sees for an error.
 pub(super) fn errno(error: &TreeError) -> Errno {
     match error {
-        TreeError::NotFound { .. } => Errno::ENOENT,
-        TreeError::Denied { .. } => Errno::EACCES,
-        TreeError::Unusable { .. } | TreeError::Unreachable { .. } => Errno::EIO,
-        TreeError::Timeout { .. } => Errno::ETIMEDOUT,
+        TreeError::NotFound { .. } => Errno::NOENT,
+        TreeError::Denied { .. } => Errno::ACCESS,
+        TreeError::Unusable { .. } | TreeError::Unreachable { .. } => Errno::IO,
+        TreeError::Timeout { .. } => Errno::TIMEDOUT,
         // Whatever kept the bytes away: programs know EIO, and retry or give up on it.
-        TreeError::Read { .. } | TreeError::Short { .. } => Errno::EIO,
-        TreeError::Stale(_) => Errno::ESTALE,
-        TreeError::NotDirectory => Errno::ENOTDIR,
-        TreeError::IsDirectory => Errno::EISDIR,
-        TreeError::NotLink => Errno::EINVAL,
-        TreeError::NameTooLong => Errno::ENAMETOOLONG,
-        TreeError::NoAttribute => Errno::ENODATA,
+        TreeError::Read { .. } | TreeError::Short { .. } => Errno::IO,
+        TreeError::Stale(_) => Errno::STALE,
+        TreeError::NotDirectory => Errno::NOTDIR,
+        TreeError::IsDirectory => Errno::ISDIR,
+        TreeError::NotLink => Errno::INVAL,
+        TreeError::NameTooLong => Errno::NAMETOOLONG,
+        TreeError::NoAttribute => Errno::NODATA,
     }
 }
 
@@ -90,7 +87,7 @@ mod tests {
             (TreeError::NameTooLong, libc::ENAMETOOLONG),
             (TreeError::NoAttribute, libc::ENODATA),
         ] {
-            assert_eq!(errno(&error).code(), number, "{error}");
+            assert_eq!(errno(&error).raw_os_error(), number, "{error}");
         }
     }
 }

@@ -1,8 +1,9 @@
-//! The mount: FUSE protocol, session, daemon, control socket. No logic: what a request means is decided in [`crate::tree`].
+//! The mount: requests, session, daemon, control socket. No logic: what a request means is decided in [`crate::tree`], how it
+//! looks on the wire in [`crate::fuse`].
 //!
 //! | file | what |
 //! |---|---|
-//! | `fuse` | decode a request, call the tree, reply |
+//! | `handler` | call the tree, reply |
 //! | `reply` | the tree's answers in the protocol's terms |
 //! | `passthrough` | files that the kernel reads without us |
 //! | `errno` | the only place that names error numbers |
@@ -17,7 +18,7 @@ mod control;
 mod daemon;
 mod errno;
 mod error;
-mod fuse;
+mod handler;
 mod mountinfo;
 mod passthrough;
 mod point;

@@ -5,54 +5,51 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::AsFd as _;
+use std::io;
 use std::sync::{Arc, Mutex};
 
-use fuser::{BackingId, ReplyOpen};
-
 use crate::base::lock;
+use crate::fuse::{Backing, Reply};
 use crate::tree::NodeId;
 
-/// The backing ids in use.
+/// The backing files in use.
 #[derive(Debug, Default)]
-pub(super) struct Backings(Mutex<HashMap<NodeId, Backing>>);
+pub(super) struct Backings(Mutex<HashMap<NodeId, Shared>>);
 
 #[derive(Debug)]
-struct Backing {
+struct Shared {
     handles: usize,
     /// `None` when the kernel has refused the file: then all of the node's handles go through us.
-    id: Option<Arc<BackingId>>,
+    backing: Option<Arc<Backing>>,
 }
 
 impl Backings {
-    /// The backing id for one more handle on `node`, whose bytes are those of `file`; an error when the kernel refuses, which
-    /// it does once for a node and then for good.
+    /// The backing file for one more handle on `node`, whose bytes are those of `file`; an error when the kernel refuses,
+    /// which it does once for a node and then for good.
     pub(super) fn open(
         &self,
         node: NodeId,
         file: &File,
-        reply: &ReplyOpen,
-    ) -> Result<Option<Arc<BackingId>>, std::io::Error> {
+        reply: &Reply,
+    ) -> io::Result<Option<Arc<Backing>>> {
         let mut all = lock(&self.0);
-        if let Some(backing) = all.get_mut(&node) {
-            backing.handles += 1;
-            return Ok(backing.id.clone());
+        if let Some(shared) = all.get_mut(&node) {
+            shared.handles += 1;
+            return Ok(shared.backing.clone());
         }
-        let id = reply.open_backing(file.as_fd()).map(Arc::new);
-        let (id, result) = match id {
-            Ok(id) => (Some(Arc::clone(&id)), Ok(Some(id))),
-            Err(error) => (None, Err(error)),
-        };
-        all.insert(node, Backing { handles: 1, id });
-        result
+        let opened = reply.open_backing(file).map(Arc::new);
+        let backing = opened.as_ref().ok().cloned();
+        let handles = 1;
+        all.insert(node, Shared { handles, backing });
+        opened.map(Some)
     }
 
     /// One handle on `node` less.
     pub(super) fn release(&self, node: NodeId) {
         let mut all = lock(&self.0);
-        if let Some(backing) = all.get_mut(&node) {
-            backing.handles -= 1;
-            if backing.handles == 0 {
+        if let Some(shared) = all.get_mut(&node) {
+            shared.handles -= 1;
+            if shared.handles == 0 {
                 all.remove(&node);
             }
         }

@@ -1,91 +1,112 @@
 //! The tree's answers in the protocol's terms.
 
-use std::time::SystemTime;
-
-use bytes::Bytes;
-use fuser::{
-    FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, ReplyData, ReplyEntry,
-    ReplyOpen, ReplyXattr,
-};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, SystemTime};
 
 use super::errno::{BUFFER_TOO_SMALL, errno};
-use crate::tree::{Attr, DirEntry, Entry, Kind, NodeId, Opened, TreeError};
+use crate::fuse::{self, Payload, Reply, open};
+use crate::tree::{Attr, Data, DirEntry, Entry, Kind, Mapped, NodeId, Opened, TreeError};
 
-/// Node ids are not used again for something else, so there is one generation.
-pub(super) const GENERATION: Generation = Generation(0);
-
-pub(super) fn node(ino: INodeNo) -> NodeId {
-    NodeId(ino.0)
+/// The type and permission bits of a mode.
+pub(super) fn mode(kind: Kind) -> u32 {
+    let kind_bits = match kind {
+        Kind::Directory => libc::S_IFDIR,
+        Kind::File => libc::S_IFREG,
+        Kind::Link => libc::S_IFLNK,
+    };
+    kind_bits | u32::from(kind.mode())
 }
 
-pub(super) fn file_type(kind: Kind) -> FileType {
-    match kind {
-        Kind::Directory => FileType::Directory,
-        Kind::File => FileType::RegularFile,
-        Kind::Link => FileType::Symlink,
-    }
-}
-
-pub(super) fn file_attr(attr: &Attr) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(attr.ino.0),
+pub(super) fn file_attr(attr: &Attr) -> fuse::Attr {
+    fuse::Attr {
+        ino: attr.ino.0,
         size: attr.size,
         blocks: attr.blocks,
-        atime: attr.time,
-        mtime: attr.time,
-        ctime: attr.time,
-        crtime: attr.time,
-        kind: file_type(attr.kind),
-        perm: attr.kind.mode(),
-        nlink: Attr::LINKS,
+        time: attr.time,
+        mode: mode(attr.kind),
+        links: Attr::LINKS,
         uid: attr.uid,
         gid: attr.gid,
-        rdev: 0,
-        blksize: Attr::BLOCK_SIZE,
-        flags: 0,
+        block_size: Attr::BLOCK_SIZE,
     }
 }
 
-pub(super) fn reply_entry(reply: ReplyEntry, result: Result<Entry, TreeError>) {
+pub(super) fn entry(entry: &Entry) -> fuse::Entry {
+    fuse::Entry {
+        node: entry.attr.ino.0,
+        entry_ttl: entry.entry_ttl,
+        attr_ttl: entry.attr_ttl,
+        attr: file_attr(&entry.attr),
+    }
+}
+
+/// An entry of a listing whose node is not told: its number and kind. The kernel reads nothing else of it, and looks the rest up
+/// when somebody wants it.
+pub(super) fn bare_entry(listed: &DirEntry) -> fuse::Entry {
+    let attr = Attr {
+        ino: listed.ino,
+        kind: listed.kind,
+        size: 0,
+        blocks: 0,
+        time: SystemTime::UNIX_EPOCH,
+        uid: 0,
+        gid: 0,
+    };
+    fuse::Entry {
+        node: 0,
+        entry_ttl: Duration::ZERO,
+        attr_ttl: Duration::ZERO,
+        attr: file_attr(&attr),
+    }
+}
+
+pub(super) fn reply_entry(reply: Reply, result: Result<Entry, TreeError>) {
     match result {
-        Ok(entry) => reply.entry_with_ttls(
-            &entry.attr_ttl,
-            &entry.entry_ttl,
-            &file_attr(&entry.attr),
-            GENERATION,
-        ),
+        Ok(found) => reply.entry(&entry(&found)),
         Err(error) => reply.error(errno(&error)),
     }
 }
 
-pub(super) fn reply_read(reply: ReplyData, result: Result<Bytes, TreeError>) {
+impl Payload for Mapped {
+    fn len(&self) -> usize {
+        Self::len(self)
+    }
+
+    fn write_behind(&self, device: BorrowedFd<'_>, header: &[u8]) -> io::Result<usize> {
+        Self::write_behind(self, device, header)
+    }
+}
+
+pub(super) fn reply_read(reply: Reply, node: NodeId, result: Result<Data, TreeError>) {
     match result {
-        Ok(bytes) => reply.data(&bytes),
+        Ok(Data::Owned(bytes)) => reply.bytes(&bytes),
+        Ok(Data::Mapped(mapped)) => reply.payload(&mapped),
         Err(error) => {
-            tracing::error!(reason = error.chain(), "a read failed");
+            tracing::error!(?node, reason = error.chain(), "a read failed");
             reply.error(errno(&error));
         }
     }
 }
 
-pub(super) fn reply_opendir(reply: ReplyOpen, result: Result<Opened, TreeError>) {
+pub(super) fn reply_opendir(reply: Reply, result: Result<Opened, TreeError>) {
     match result {
-        Ok(opened) => {
-            let flags = if opened.immutable {
-                FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE
-            } else {
-                FopenFlags::empty()
-            };
-            reply.opened(FileHandle(opened.handle.0), flags);
-        }
+        Ok(opened) => reply.opened(&fuse::Opened {
+            handle: opened.handle.0,
+            flags: match opened.immutable {
+                true => open::CACHE_DIR | open::KEEP_CACHE,
+                false => 0,
+            },
+            backing: 0,
+        }),
         Err(error) => reply.error(errno(&error)),
     }
 }
 
-pub(super) fn reply_xattr(reply: ReplyXattr, size: u32, value: &[u8]) {
+pub(super) fn reply_xattr(reply: Reply, size: u32, value: &[u8]) {
     match u32::try_from(value.len()) {
-        Ok(length) if size == 0 => reply.size(length),
-        Ok(length) if length <= size => reply.data(value),
+        Ok(length) if size == 0 => reply.xattr_size(length),
+        Ok(length) if length <= size => reply.bytes(value),
         _ => reply.error(BUFFER_TOO_SMALL),
     }
 }
@@ -98,19 +119,6 @@ pub(super) fn from_offset<T>(entries: &[T], offset: u64) -> impl Iterator<Item =
         .enumerate()
         .skip(skip)
         .map(|(index, entry)| (index as u64 + 1, entry))
-}
-
-/// What an entry without a node tells: its number and kind. The kernel reads nothing else of it.
-pub(super) fn bare_attr(entry: &DirEntry) -> FileAttr {
-    file_attr(&Attr {
-        ino: entry.ino,
-        kind: entry.kind,
-        size: 0,
-        blocks: 0,
-        time: SystemTime::UNIX_EPOCH,
-        uid: 0,
-        gid: 0,
-    })
 }
 
 #[cfg(test)]

@@ -1,25 +1,30 @@
 //! A mount's life: up, serving, down.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::Duration;
 
-use fuser::{Config, INodeNo, MountOption, Notifier, Session, SessionACL};
 use rustix::mount::UnmountFlags;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
 
 use super::control::{Handler, Server};
-use super::fuse::Ocifs;
+use super::handler::Ocifs;
 use super::mountinfo::{FS_TYPE, MountInfo};
 use super::passthrough::Backings;
 use super::{MountError, point, umount};
+use crate::fuse::{self, MountSpec, Notifier, Serving, Session, Wanted};
 use crate::tree::{Invalidation, Tree};
 
 /// How long readers of a mount that was busy at the end may finish what they do.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// How long those may close their files who were told that nothing more comes.
+const LAST_GRACE: Duration = Duration::from_secs(1);
+
+/// Requests that the kernel may have under way in the background (readahead).
+const MAX_BACKGROUND: u16 = 64;
 
 /// What a mount is made with.
 #[derive(Clone, Debug)]
@@ -57,7 +62,7 @@ impl MountOptions {
 #[derive(Debug)]
 pub struct Mount {
     info: MountInfo,
-    ended: oneshot::Receiver<std::io::Result<()>>,
+    serving: Serving,
     down: bool,
     _control: Server,
 }
@@ -73,43 +78,49 @@ impl Mount {
     ) -> Result<Self, MountError> {
         let _entered = runtime.enter();
         let path = point::prepare(&options.path, options.cover)?;
-        let filesystem = Ocifs {
-            tree,
-            runtime: runtime.clone(),
-            stack_depth: options.stack_depth,
-            backings: Backings::default(),
+        let failed = |source| MountError::Mount {
+            path: path.clone(),
+            source,
         };
-        let session =
-            Session::new(filesystem, &path, &session_config(options)).map_err(|source| {
-                MountError::Mount {
-                    path: path.clone(),
-                    source,
-                }
-            })?;
-        // From here on the session unmounts when it is dropped.
+        let spec = MountSpec {
+            path: &path,
+            source: "ocifs",
+            subtype: "ocifs",
+            allow_other: options.allow_other,
+        };
+        let device = fuse::mount(&spec).map_err(failed)?;
+        let taken_back = TakenBack(path.clone());
+        let session = Session::start(device, wanted(&tree, options)).map_err(failed)?;
+        if tree.has_passthrough() && !session.negotiated().passthrough() {
+            tracing::info!(
+                "this kernel has no FUSE passthrough; reads of sealed blobs go through the daemon"
+            );
+            tree.without_passthrough();
+        }
         let info = match point::top(&path)? {
             Some(info) if info.kind == FS_TYPE => info,
             _ => return Err(MountError::NotMounted { path }),
         };
         let control = Server::start(&options.runtime_dir, &info, handler)?;
-        notify(session.notifier(), events)
-            .and_then(|()| {
-                let (end, ended) = oneshot::channel();
-                thread::Builder::new()
-                    .name("ocifs-session".into())
-                    .spawn(move || end.send(session.run()))?;
-                Ok(Self {
-                    info: info.clone(),
-                    ended,
-                    down: false,
-                    _control: control,
-                })
-            })
+        let filesystem = Ocifs {
+            tree,
+            runtime: runtime.clone(),
+            backings: Backings::default(),
+        };
+        let serving = notify(session.notifier(), events)
+            .and_then(|()| session.serve(filesystem, options.threads.max(2)))
             .map_err(|source| MountError::Setup {
                 action: "cannot start a thread for",
-                path,
+                path: path.clone(),
                 source,
-            })
+            })?;
+        std::mem::forget(taken_back);
+        Ok(Self {
+            info,
+            serving,
+            down: false,
+            _control: control,
+        })
     }
 
     /// Where it is mounted, and its device number.
@@ -117,27 +128,45 @@ impl Mount {
         &self.info
     }
 
-    /// Serves until somebody unmounts, or until `stop` comes: then it unmounts itself, lazily if it is busy.
+    /// Serves until somebody unmounts, or until `stop` comes: then it unmounts itself, lazily if it is busy, and gives who has files
+    /// open a while to finish. A signal ends that while: who waits for bytes then gets an error.
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> Result<(), MountError> {
         tokio::select! {
-            ended = &mut self.ended => {
+            ended = self.serving.ended() => {
                 self.down = true;
-                return finish(ended);
+                return ended.map_err(MountError::Session);
             }
             () = stop => {}
         }
+        let hurry = signalled();
         let info = self.info.clone();
         self.down = true;
         // umount(2) waits for requests that the kernel has sent, so it must not sit on a thread that answers them.
         let busy = tokio::task::spawn_blocking(move || take_down(&info))
             .await
             .unwrap_or(Ok(true))?;
-        match tokio::time::timeout(GRACE, &mut self.ended).await {
-            Ok(ended) => finish(ended),
-            Err(_) => {
+        tokio::select! {
+            ended = self.serving.ended() => return ended.map_err(MountError::Session),
+            () = hurry => tracing::info!("told again to end; readers that wait get errors"),
+            () = tokio::time::sleep(GRACE) => {
                 tracing::warn!(busy, path = %self.info.path.display(), "files are still open; their readers get errors from now on");
-                Ok(())
             }
+        }
+        self.serving.hurry();
+        match tokio::time::timeout(LAST_GRACE, self.serving.ended()).await {
+            Ok(ended) => ended.map_err(MountError::Session),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// A mount point whose mount goes away again with this.
+struct TakenBack(PathBuf);
+
+impl Drop for TakenBack {
+    fn drop(&mut self) {
+        if let Err(error) = umount::detach(&self.0, UnmountFlags::DETACH) {
+            tracing::warn!(%error, "a mount that failed was left behind");
         }
     }
 }
@@ -152,36 +181,13 @@ impl Drop for Mount {
     }
 }
 
-fn session_config(options: &MountOptions) -> Config {
-    let mut config = Config::default();
-    config.mount_options = vec![
-        MountOption::FSName("ocifs".into()),
-        // Not `Subtype`, which fuser passes to fusermount3 alone: this way mount(2) gets it too.
-        MountOption::CUSTOM("subtype=ocifs".into()),
-        MountOption::RO,
-        MountOption::NoDev,
-        MountOption::NoSuid,
-        // The kernel checks the mode bits that we report: access(2) and execve(2) get right answers without a request.
-        MountOption::DefaultPermissions,
-    ];
-    config.acl = if options.allow_other {
-        SessionACL::All
-    } else {
-        SessionACL::Owner
-    };
-    config.n_threads = Some(options.threads.max(2));
-    // A request that was read from a clone dies with the process that read it, and no speed is lost without clones.
-    config.clone_fd = false;
-    config
-}
-
-fn finish(ended: Result<std::io::Result<()>, oneshot::error::RecvError>) -> Result<(), MountError> {
-    match ended {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(MountError::Session(error)),
-        Err(_) => Err(MountError::Session(std::io::Error::other(
-            "the session's thread has panicked",
-        ))),
+fn wanted(tree: &Tree, options: &MountOptions) -> Wanted {
+    Wanted {
+        stack_depth: match tree.has_passthrough() {
+            true => options.stack_depth,
+            false => 0,
+        },
+        max_background: MAX_BACKGROUND,
     }
 }
 
@@ -211,13 +217,10 @@ fn notify(notifier: Notifier, events: Receiver<Invalidation>) -> std::io::Result
     let pass_on = move || {
         for event in events {
             let sent = match &event {
-                Invalidation::Entry { parent, name } => {
-                    notifier.inval_entry(INodeNo(parent.0), Path::new(name).as_os_str())
-                }
-                // A negative offset: attributes alone, no pages (`fuse_reverse_inval_inode` in fs/fuse/inode.c).
-                Invalidation::Attributes(node) => notifier.inval_inode(INodeNo(node.0), -1, 0),
-                // No length: all pages to the end. A page under way is waited for, which this thread may do.
-                Invalidation::Content(node) => notifier.inval_inode(INodeNo(node.0), 0, 0),
+                Invalidation::Entry { parent, name } => notifier.entry(parent.0, name),
+                Invalidation::Attributes(node) => notifier.attributes(node.0),
+                // A page under way is waited for, which this thread may do.
+                Invalidation::Content(node) => notifier.content(node.0),
             };
             if let Err(error) = sent {
                 tracing::debug!(?event, %error, "the kernel was not told");
@@ -232,19 +235,25 @@ fn notify(notifier: Notifier, events: Receiver<Invalidation>) -> std::io::Result
 
 /// Waits for SIGTERM or SIGINT: the usual `stop` of [`Mount::run`].
 pub async fn terminated() {
-    match (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-    ) {
-        (Ok(mut terminate), Ok(mut interrupt)) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+    signalled().await;
+}
+
+/// Waits for SIGTERM or SIGINT that come from now on, not only once it is awaited.
+fn signalled() -> impl Future<Output = ()> + Send + 'static {
+    let signals = signal(SignalKind::terminate())
+        .and_then(|terminate| Ok((terminate, signal(SignalKind::interrupt())?)));
+    async move {
+        match signals {
+            Ok((mut terminate, mut interrupt)) => {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
             }
-        }
-        (Err(error), _) | (_, Err(error)) => {
-            tracing::warn!(%error, "signals cannot be caught; `ocifs umount` still ends the mount");
-            std::future::pending().await
+            Err(error) => {
+                tracing::warn!(%error, "signals cannot be caught; `ocifs umount` still ends the mount");
+                std::future::pending().await
+            }
         }
     }
 }

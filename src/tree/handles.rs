@@ -4,8 +4,6 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bytes::Bytes;
-
 use super::TreeError;
 use super::binding::Hold;
 use super::node::NodeId;
@@ -13,7 +11,7 @@ use super::shown::Shown;
 use super::view::DirEntry;
 use crate::base::{ByteRange, lock};
 use crate::blob::BlobError;
-use crate::cache;
+use crate::cache::{self, Data};
 use crate::model::{File, FileHold};
 
 /// A handle's number: counted, never used twice by one tree, never 0.
@@ -57,23 +55,17 @@ impl OpenFile {
     }
 
     /// `length` bytes from `offset`, cut at the file's end, if they can be had without waiting.
-    pub fn try_read(&self, offset: u64, length: u32) -> Option<Result<Bytes, TreeError>> {
+    pub fn try_read(&self, offset: u64, length: u32) -> Option<Result<Data, TreeError>> {
         let range = self.cut(offset, length);
-        if range.is_empty() {
-            return Some(Ok(Bytes::new()));
-        }
         self.file()
-            .try_read(range)
+            .try_share(range)
             .map(|result| self.checked(range, result))
     }
 
     /// `length` bytes from `offset`, cut at the file's end and nowhere else.
-    pub async fn read(&self, offset: u64, length: u32) -> Result<Bytes, TreeError> {
+    pub async fn read(&self, offset: u64, length: u32) -> Result<Data, TreeError> {
         let range = self.cut(offset, length);
-        if range.is_empty() {
-            return Ok(Bytes::new());
-        }
-        self.checked(range, self.file().read(range).await)
+        self.checked(range, self.file().share(range).await)
     }
 
     fn cut(&self, offset: u64, length: u32) -> ByteRange {
@@ -83,14 +75,14 @@ impl OpenFile {
     fn checked(
         &self,
         range: ByteRange,
-        result: Result<Bytes, BlobError>,
-    ) -> Result<Bytes, TreeError> {
+        result: Result<Data, BlobError>,
+    ) -> Result<Data, TreeError> {
         match result {
-            Ok(bytes) if bytes.len() as u64 == range.len() => Ok(bytes),
-            Ok(bytes) => Err(TreeError::Short {
+            Ok(data) if data.len() == range.len() => Ok(data),
+            Ok(data) => Err(TreeError::Short {
                 path: self.path.to_string(),
                 wanted: range.len(),
-                got: bytes.len() as u64,
+                got: data.len(),
             }),
             Err(source) => Err(TreeError::Read {
                 path: self.path.to_string(),

@@ -43,6 +43,7 @@ mod namespace_tests;
 #[cfg(test)]
 mod oracle_tests;
 
+pub use crate::cache::{Data, Mapped};
 pub use attr::{Attr, Kind, Space};
 pub use binding::BoundModel;
 pub use catalogue::Catalogue;

@@ -17,6 +17,7 @@ mod demo;
 mod formats;
 mod helpers;
 mod hostile;
+mod killed;
 mod lies;
 mod loaders;
 mod login;

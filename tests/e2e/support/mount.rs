@@ -212,6 +212,16 @@ impl Mount {
         })
     }
 
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        self.daemon.signal(signal);
+    }
+
+    /// Waits for the daemon's end.
+    pub fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
+        self.daemon.wait(limit)
+    }
+
     /// Kills the daemon as `kill -9` does and clears the dead mount away.
     pub fn kill(mut self) {
         self.daemon.kill();

@@ -1,0 +1,231 @@
+//! A session: the introduction, the threads that take requests, the end.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use rustix::io::Errno;
+use tokio::sync::watch;
+
+use super::device::{Device, Notifier, READ_BUFFER};
+use super::init::{self, Negotiated, Step, Wanted};
+use super::interrupt::Interrupts;
+use super::reply::Reply;
+use super::request::{Forgets, Header, Message, Operation};
+
+/// The file system that a session serves. Its methods are called from several threads at a time and never wait: what takes
+/// time goes elsewhere, together with its reply.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers a request, or sees to it that it will be.
+    fn handle(&self, node: u64, operation: Operation<'_>, reply: Reply);
+
+    /// The kernel forgets nodes.
+    fn forget(&self, nodes: Forgets<'_>);
+}
+
+/// What the threads and replies of a session share.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) device: Arc<Device>,
+    pub(super) interrupts: Interrupts,
+    pub(super) phase: watch::Sender<Phase>,
+}
+
+/// How far a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Requests are answered.
+    Serving,
+    /// Requests that would have to wait get EIO.
+    Hurried,
+    /// The mount is gone.
+    Ended,
+}
+
+impl Phase {
+    /// Whether a request may wait.
+    pub(super) fn waits(self) -> bool {
+        self == Self::Serving
+    }
+}
+
+/// A connection to the kernel on which both sides know each other.
+#[derive(Debug)]
+pub struct Session {
+    device: Arc<Device>,
+    negotiated: Negotiated,
+}
+
+impl Session {
+    /// Waits for the kernel's introduction on the device of a new mount, and answers it.
+    ///
+    /// # Errors
+    /// When the kernel is too old or says something else, or the mount goes meanwhile.
+    pub fn start(device: OwnedFd, wanted: Wanted) -> io::Result<Self> {
+        let device = Device::new(device);
+        let mut buffer = vec![0; READ_BUFFER];
+        loop {
+            let length = device
+                .receive(&mut buffer)?
+                .ok_or(io::ErrorKind::NotConnected)?;
+            let parsed = Header::parse(&buffer[..length]);
+            let message = parsed.and_then(|(header, body)| Ok((header, header.message(body)?)));
+            let (header, Message::Init(kernel)) = message.map_err(io::Error::other)? else {
+                return Err(io::Error::other("the kernel did not introduce itself"));
+            };
+            match init::negotiate(&kernel, wanted) {
+                Step::Again => {
+                    device.answer(header.unique, 0, init::version_only().as_slice());
+                }
+                Step::Refused => {
+                    device.answer(header.unique, -Errno::PROTO.raw_os_error(), &[]);
+                    let version = format!(
+                        "this kernel speaks version {}.{} of the FUSE protocol; 7.31 (Linux 5.4) is the least",
+                        kernel.major, kernel.minor
+                    );
+                    return Err(io::Error::new(io::ErrorKind::Unsupported, version));
+                }
+                Step::Agreed(negotiated) => {
+                    let answer = init::answer(&kernel, wanted, &negotiated);
+                    device.answer(header.unique, 0, answer.as_slice());
+                    return Ok(Self::resume_on(device, negotiated));
+                }
+            }
+        }
+    }
+
+    /// Goes on with a session that another process has begun, on the same open device. What that one had read and not answered
+    /// comes again after [`Notifier::resend`], where [`Negotiated::resend`] says so.
+    pub fn resume(device: OwnedFd, negotiated: Negotiated) -> Self {
+        Self::resume_on(Device::new(device), negotiated)
+    }
+
+    fn resume_on(device: Device, negotiated: Negotiated) -> Self {
+        Self {
+            device: Arc::new(device),
+            negotiated,
+        }
+    }
+
+    /// What was agreed.
+    pub fn negotiated(&self) -> &Negotiated {
+        &self.negotiated
+    }
+
+    /// For what the kernel must be told.
+    pub fn notifier(&self) -> Notifier {
+        Notifier(Arc::clone(&self.device))
+    }
+
+    /// Answers requests on `threads` threads until the mount is gone.
+    ///
+    /// All read from one descriptor: no speed is lost by that, while a request that was read from a clone of it
+    /// (`FUSE_DEV_IOC_CLONE`) could not be taken over by another process.
+    ///
+    /// # Errors
+    /// When there are no threads to be had.
+    pub fn serve(self, handler: impl Handler, threads: usize) -> io::Result<Serving> {
+        let link = Arc::new(Link {
+            device: self.device,
+            interrupts: Interrupts::default(),
+            phase: watch::Sender::new(Phase::Serving),
+        });
+        let threads = threads.max(1);
+        let (handler, left) = (Arc::new(handler), Arc::new(AtomicUsize::new(threads)));
+        let failure = watch::Sender::new(None);
+        for number in 0..threads {
+            let (link, handler) = (Arc::clone(&link), Arc::clone(&handler));
+            let (left, failure) = (Arc::clone(&left), failure.clone());
+            let work = move || {
+                if let Err(error) = serve(&link, handler.as_ref()) {
+                    tracing::error!(%error, "the connection to the kernel broke");
+                    failure.send_replace(error.raw_os_error());
+                }
+                drop(handler);
+                if left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    link.phase.send_replace(Phase::Ended);
+                }
+            };
+            thread::Builder::new()
+                .name(format!("ocifs-fuse-{number}"))
+                .spawn(work)?;
+        }
+        Ok(Serving {
+            link,
+            failure: failure.subscribe(),
+        })
+    }
+}
+
+/// A session that is being served.
+#[derive(Debug)]
+pub struct Serving {
+    link: Arc<Link>,
+    failure: watch::Receiver<Option<i32>>,
+}
+
+impl Serving {
+    /// Returns when the mount is gone.
+    ///
+    /// # Errors
+    /// When it ended because the connection broke.
+    pub async fn ended(&self) -> io::Result<()> {
+        let mut phase = self.link.phase.subscribe();
+        let _ = phase.wait_for(|phase| *phase == Phase::Ended).await;
+        match *self.failure.borrow() {
+            Some(number) => Err(io::Error::from_raw_os_error(number)),
+            None => Ok(()),
+        }
+    }
+
+    /// Answers EIO to all who wait, and to all who would have to from now on.
+    pub fn hurry(&self) {
+        self.link.phase.send_if_modified(|phase| {
+            let serving = *phase == Phase::Serving;
+            if serving {
+                *phase = Phase::Hurried;
+            }
+            serving
+        });
+    }
+}
+
+/// Takes requests until the mount is gone.
+fn serve(link: &Arc<Link>, handler: &impl Handler) -> io::Result<()> {
+    let mut buffer = vec![0; READ_BUFFER];
+    while let Some(length) = link.device.receive(&mut buffer)? {
+        let bytes = &buffer[..length];
+        // A fault in one answer must not take the thread from all others. The reply, dropped on the way out, is EIO.
+        if catch_unwind(AssertUnwindSafe(|| dispatch(link, handler, bytes))).is_err() {
+            tracing::error!("a request could not be answered");
+        }
+    }
+    Ok(())
+}
+
+fn dispatch(link: &Arc<Link>, handler: &impl Handler, bytes: &[u8]) {
+    let Ok((header, body)) = Header::parse(bytes) else {
+        tracing::error!(length = bytes.len(), "the kernel sent no request");
+        return;
+    };
+    let reply = || Reply::new(Arc::clone(link), header.unique, header.pid);
+    match header.message(body) {
+        Ok(Message::Ask(operation)) => handler.handle(header.node, operation, reply()),
+        Ok(Message::Forget(nodes)) => handler.forget(nodes),
+        Ok(Message::Interrupt { unique }) => link.interrupts.interrupt(unique),
+        // The mount is read-only, so the kernel lets few of these through.
+        Ok(Message::Change) => reply().error(Errno::ROFS),
+        // The kernel remembers that, and does without or in its own way.
+        Ok(Message::Other) => reply().error(Errno::NOSYS),
+        Ok(Message::Destroy) => reply().done(),
+        Ok(Message::Unasked) => {}
+        Ok(Message::Init(_)) => reply().error(Errno::IO),
+        Err(error) => {
+            tracing::error!(?header, %error, "the kernel sent a request that is not understood");
+            reply().error(Errno::IO);
+        }
+    }
+}
