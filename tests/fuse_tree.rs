@@ -20,6 +20,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use ocifs::base::Digest;
+use ocifs::fuse::Counts;
 use ocifs::model::{Content, File, Model};
 use ocifs::mount::{self, Handler, Mount, MountError, MountOptions, Request, Umount};
 use ocifs::registry::{Reference, Repository, Tag};
@@ -151,6 +152,7 @@ impl Catalogue for Memory {
 struct Bench {
     memory: Arc<Memory>,
     tree: Tree,
+    counts: Counts,
     directory: tempfile::TempDir,
     runtime: Runtime,
     stop: Option<oneshot::Sender<()>>,
@@ -236,11 +238,13 @@ impl Bench {
             memory.clone(),
         )
         .unwrap();
+        let counts = mount.counts();
         let (stop, stopped) = oneshot::channel();
         let served = runtime.spawn(mount.run(async move { drop(stopped.await) }));
         Self {
             memory,
             tree,
+            counts,
             directory,
             runtime,
             stop: Some(stop),
@@ -447,6 +451,63 @@ fn ordinary_tools_see_an_ordinary_read_only_disk() {
             .last(),
         Some("model:v1")
     );
+}
+
+/// What the kernel asks during `script`, once it has asked for what comes late.
+fn asked(bench: &Bench, script: &str) -> BTreeMap<u32, u64> {
+    let settled = || {
+        let mut last = bench.counts.all();
+        loop {
+            std::thread::sleep(Duration::from_millis(100));
+            let now = bench.counts.all();
+            if now == last {
+                return now;
+            }
+            last = now;
+        }
+    };
+    let before = settled();
+    bench.sh(script);
+    let mut after = settled();
+    for (kind, count) in before {
+        *after.entry(kind).or_default() -= count;
+    }
+    after.retain(|_, count| *count > 0);
+    after
+}
+
+#[test]
+fn what_is_known_costs_no_request() {
+    // `enum fuse_opcode` of the kernel's fuse.h.
+    const OPENDIR: u32 = 27;
+    const RELEASEDIR: u32 = 29;
+    const GETXATTR: u32 = 22;
+    let bench = Bench::new();
+    let digest = Digest::of(b"example");
+    let directories = 5; // the model's own, .oci, many, onnx, onnx/deeper
+    for at in [
+        "models/ghcr.io/org/model:v1".to_owned(),
+        format!("models/ghcr.io/org/model@{digest}"),
+    ] {
+        let first = asked(&bench, &format!("ls -lRA {at} > /dev/null"));
+        assert!(first[&OPENDIR] > 0, "{first:?}");
+        for script in ["ls -lRA", "ls -iRA", "find", "find -ls", "du -a"] {
+            let (program, arguments) = script.split_once(' ').unwrap_or((script, ""));
+            let script = format!("{program} {at} {arguments} > /dev/null");
+            let mut again = asked(&bench, &script);
+            if program == "ls" {
+                // Labels and access lists, which the kernel does not keep.
+                again.remove(&GETXATTR);
+            }
+            let only = BTreeMap::from([(OPENDIR, directories), (RELEASEDIR, directories)]);
+            assert_eq!(again, only, "{script}");
+        }
+        let script = format!(
+            "stat {at}/config.json {at}/many/0007.txt; ! stat {at}/none.json {at}/onnx/none"
+        );
+        asked(&bench, &script);
+        assert_eq!(asked(&bench, &script), BTreeMap::new(), "{at}");
+    }
 }
 
 #[test]

@@ -23,6 +23,8 @@ use crate::registry::Repository;
 const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
 /// A cache that had no room is not filled ahead of readers for this long.
 const PREFETCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// What a closed blob has in the cache is believed for so long: only another process can add to it.
+const COUNT_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// Completing a blob is given up when this many rounds found every byte and could not decide on them.
 const ROUNDS: u32 = 3;
 /// Whole streams of one blob at a time, where the server ignores ranges and the cache has no room: a reader each.
@@ -57,6 +59,8 @@ struct Slot {
     holds: usize,
     /// Counts the openings: what was found out about an earlier one's bytes says nothing of this one's.
     opening: u64,
+    /// What was in the cache of it when somebody looked, while it was closed.
+    counted: Option<(Instant, u64)>,
     /// When opening failed last.
     failed: Option<Instant>,
 }
@@ -123,17 +127,32 @@ impl LazyBlob {
     /// Bytes of `range` that are in the cache.
     pub fn cached_in(self: &Arc<Self>, range: ByteRange) -> u64 {
         let range = range.intersect(ByteRange::new(0, self.size));
-        let open = lock(&self.slot).entry.clone();
-        if let Some(entry) = open {
+        let mut slot = lock(&self.slot);
+        if let Some(entry) = slot.entry.clone() {
+            drop(slot);
             return entry.present(range);
         }
-        match self.shared.cache.present(&self.digest, self.size) {
+        let recent = slot
+            .counted
+            .filter(|(at, _)| at.elapsed() < COUNT_AGAIN_AFTER);
+        let counted = recent.map_or_else(
+            || self.shared.cache.present(&self.digest, self.size),
+            |(_, count)| count,
+        );
+        slot.counted = recent.or(Some((Instant::now(), counted)));
+        drop(slot);
+        match counted {
             0 => 0,
             all if all >= self.size => range.len(),
             some if self.size == range.len() => some,
             // Which of them lie in the range shows only in the map.
             _ => self.hold().entry().map_or(0, |entry| entry.present(range)),
         }
+    }
+
+    /// Whether somebody holds it, so that more of it may come at any time.
+    pub fn is_held(&self) -> bool {
+        lock(&self.slot).holds > 0
     }
 
     /// Whether it is known to be right.
@@ -150,6 +169,7 @@ impl LazyBlob {
         let mut slot = lock(&self.slot);
         let mut undecided = false;
         slot.holds += 1;
+        slot.counted = None;
         let recently = |at: &Instant| at.elapsed() < OPEN_AGAIN_AFTER;
         // Of a blob that turned out wrong nothing is read again.
         let of_use =

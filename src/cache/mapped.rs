@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     fn file(len: usize) -> (File, Vec<u8>) {
-        let content: Vec<u8> = (0..len).map(|at| (at * 7 >> 3) as u8).collect();
+        let content: Vec<u8> = (0..len).map(|at| ((at * 7) >> 3) as u8).collect();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&content).unwrap();
         (file, content)

@@ -111,6 +111,14 @@ impl Entry {
         self.put(&mut wire);
         wire
     }
+
+    /// An entry without a node: ENOENT that holds for a while (`fuse_lookup_name` in fs/fuse/dir.c).
+    pub(super) fn missing(ttl: Duration) -> Wire {
+        let mut wire = Wire::with_capacity(ENTRY);
+        wire.u64(0).u64(0).u64(ttl.as_secs()).u64(0);
+        wire.u32(ttl.subsec_nanos()).u32(0).bytes(&[0; ATTR]);
+        wire
+    }
 }
 
 impl Opened {

@@ -35,5 +35,5 @@ pub use init::{Negotiated, Wanted};
 pub use mounting::{MountSpec, mount};
 pub use reply::{Payload, Reply};
 pub use request::{Forgets, Header, Init, Operation};
-pub use session::{Handler, Serving, Session};
+pub use session::{Counts, Handler, Serving, Session};
 pub use wire::Malformed;

@@ -83,6 +83,11 @@ impl Reply {
         self.give_wire(&entry.answer());
     }
 
+    /// Answers LOOKUP: there is no such name, and the kernel need not ask again for `ttl`.
+    pub fn missing(self, ttl: Duration) {
+        self.give_wire(&Entry::missing(ttl));
+    }
+
     /// Answers GETATTR; the attributes hold for `ttl`.
     pub fn attr(self, attr: &Attr, ttl: Duration) {
         self.give_wire(&attr.answer(ttl));

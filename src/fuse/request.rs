@@ -12,7 +12,8 @@ pub struct Header {
     pub node: u64,
     /// The thread that waits for the answer, as our process sees it; 0 when there is none, or it cannot be seen from here.
     pub pid: u32,
-    opcode: u32,
+    /// `enum fuse_opcode`.
+    pub(super) opcode: u32,
 }
 
 /// A message of the kernel.

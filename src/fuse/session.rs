@@ -1,10 +1,11 @@
 //! A session: the introduction, the threads that take requests, the end.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
 use rustix::io::Errno;
@@ -32,6 +33,33 @@ pub(super) struct Link {
     pub(super) device: Arc<Device>,
     pub(super) interrupts: Interrupts,
     pub(super) phase: watch::Sender<Phase>,
+    counts: Counts,
+}
+
+/// How many requests came, by kind.
+#[derive(Clone, Debug)]
+pub struct Counts(Arc<[AtomicU64; KINDS]>);
+
+/// Kinds of requests that are counted: more than the protocol has.
+const KINDS: usize = 64;
+
+impl Counts {
+    fn new() -> Self {
+        Self(Arc::new([const { AtomicU64::new(0) }; KINDS]))
+    }
+
+    fn count(&self, kind: u32) {
+        let kind = usize::try_from(kind).unwrap_or(usize::MAX);
+        if let Some(count) = self.0.get(kind) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Number (`enum fuse_opcode`) and count of each kind that came.
+    pub fn all(&self) -> BTreeMap<u32, u64> {
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        (0..).zip(counts).filter(|(_, count)| *count > 0).collect()
+    }
 }
 
 /// How far a session is.
@@ -132,6 +160,7 @@ impl Session {
             device: self.device,
             interrupts: Interrupts::default(),
             phase: watch::Sender::new(Phase::Serving),
+            counts: Counts::new(),
         });
         let threads = threads.max(1);
         let (handler, left) = (Arc::new(handler), Arc::new(AtomicUsize::new(threads)));
@@ -181,6 +210,11 @@ impl Serving {
         }
     }
 
+    /// What the kernel has asked.
+    pub fn counts(&self) -> &Counts {
+        &self.link.counts
+    }
+
     /// Answers EIO to all who wait, and to all who would have to from now on.
     pub fn hurry(&self) {
         self.link.phase.send_if_modified(|phase| {
@@ -211,6 +245,7 @@ fn dispatch(link: &Arc<Link>, handler: &impl Handler, bytes: &[u8]) {
         tracing::error!(length = bytes.len(), "the kernel sent no request");
         return;
     };
+    link.counts.count(header.opcode);
     let reply = || Reply::new(Arc::clone(link), header.unique, header.pid);
     match header.message(body) {
         Ok(Message::Ask(operation)) => handler.handle(header.node, operation, reply()),

@@ -313,6 +313,16 @@ impl File {
         cached.min(self.size)
     }
 
+    /// Whether more of it may become local at any time, because somebody reads it or has it fetched.
+    pub fn is_growing(&self) -> bool {
+        match &self.content {
+            Content::Blob { blob, .. } => blob.is_held(),
+            Content::Chunked(file) => file.blob().is_held(),
+            Content::Unpacked { .. } => true,
+            Content::Inline(_) => false,
+        }
+    }
+
     /// Whether every byte of it that is read is known to be right.
     pub fn is_verified(&self) -> bool {
         match &self.content {
@@ -354,7 +364,9 @@ impl File {
             _ if range.is_empty() => Ok(Bytes::new().into()),
             Content::Inline(bytes) => Ok(slice(bytes, range).into()),
             Content::Blob { blob, offset } => blob.share(shifted(range, *offset)).await,
-            Content::Unpacked { .. } | Content::Chunked(_) => self.read(range).await.map(Data::Owned),
+            Content::Unpacked { .. } | Content::Chunked(_) => {
+                self.read(range).await.map(Data::Owned)
+            }
         }
     }
 

@@ -100,12 +100,12 @@ impl Ocifs {
             return reply.error(NO_SUCH_NAME);
         };
         if let Some(result) = self.tree.try_lookup(parent, name) {
-            return reply_entry(reply, result);
+            return reply_entry(reply, &self.tree, parent, result);
         }
         let (tree, name) = (self.tree.clone(), name.to_owned());
         self.runtime.spawn(async move {
             if let Some((reply, result)) = reply.wait(tree.lookup(parent, &name)).await {
-                reply_entry(reply, result);
+                reply_entry(reply, &tree, parent, result);
             }
         });
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use super::errno::{BUFFER_TOO_SMALL, errno};
 use crate::fuse::{self, Payload, Reply, open};
-use crate::tree::{Attr, Data, DirEntry, Entry, Kind, Mapped, NodeId, Opened, TreeError};
+use crate::tree::{Attr, Data, DirEntry, Entry, Kind, Mapped, NodeId, Opened, Tree, TreeError};
 
 /// The type and permission bits of a mode.
 pub(super) fn mode(kind: Kind) -> u32 {
@@ -61,9 +61,20 @@ pub(super) fn bare_entry(listed: &DirEntry) -> fuse::Entry {
     }
 }
 
-pub(super) fn reply_entry(reply: Reply, result: Result<Entry, TreeError>) {
+/// Answers a lookup in `parent`.
+pub(super) fn reply_entry(
+    reply: Reply,
+    tree: &Tree,
+    parent: NodeId,
+    result: Result<Entry, TreeError>,
+) {
     match result {
         Ok(found) => reply.entry(&entry(&found)),
+        // Engines look for many files that most models lack.
+        Err(error @ TreeError::NotFound { .. }) => match tree.missing_ttl(parent) {
+            Some(ttl) => reply.missing(ttl),
+            None => reply.error(errno(&error)),
+        },
         Err(error) => reply.error(errno(&error)),
     }
 }
@@ -93,7 +104,7 @@ pub(super) fn reply_opendir(reply: Reply, result: Result<Opened, TreeError>) {
     match result {
         Ok(opened) => reply.opened(&fuse::Opened {
             handle: opened.handle.0,
-            flags: match opened.immutable {
+            flags: match opened.kept {
                 true => open::CACHE_DIR | open::KEEP_CACHE,
                 false => 0,
             },

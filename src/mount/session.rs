@@ -14,7 +14,7 @@ use super::handler::Ocifs;
 use super::mountinfo::{FS_TYPE, MountInfo};
 use super::passthrough::Backings;
 use super::{MountError, point, umount};
-use crate::fuse::{self, MountSpec, Notifier, Serving, Session, Wanted};
+use crate::fuse::{self, Counts, MountSpec, Notifier, Serving, Session, Wanted};
 use crate::tree::{Invalidation, Tree};
 
 /// How long readers of a mount that was busy at the end may finish what they do.
@@ -126,6 +126,11 @@ impl Mount {
     /// Where it is mounted, and its device number.
     pub fn info(&self) -> &MountInfo {
         &self.info
+    }
+
+    /// What the kernel has asked.
+    pub fn counts(&self) -> Counts {
+        self.serving.counts().clone()
     }
 
     /// Serves until somebody unmounts, or until `stop` comes: then it unmounts itself, lazily if it is busy, and gives who has files

@@ -117,19 +117,24 @@ impl Bindings {
         self.map().get(reference).cloned()
     }
 
-    /// Makes `binding` what its reference shows; what it showed before.
-    pub(super) fn set(&self, binding: &Arc<Binding>) -> Option<Arc<Binding>> {
+    /// Makes `binding` what its reference shows; what it showed before, and another binding that was let go for room.
+    pub(super) fn set(
+        &self,
+        binding: &Arc<Binding>,
+    ) -> (Option<Arc<Binding>>, Option<Arc<Binding>>) {
         let mut map = self.map();
+        let mut dropped = None;
         if map.len() >= LIMIT && !map.contains_key(&binding.reference) {
             let idlest = map
                 .values()
                 .filter(|other| other.opens.load(Ordering::Acquire) == 0)
                 .max_by_key(|other| other.idle());
             if let Some(reference) = idlest.map(|other| other.reference.clone()) {
-                map.remove(&reference);
+                dropped = map.remove(&reference);
             }
         }
-        map.insert(binding.reference.clone(), binding.clone())
+        let old = map.insert(binding.reference.clone(), binding.clone());
+        (old, dropped)
     }
 
     /// Unbinds a reference.

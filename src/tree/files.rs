@@ -1,6 +1,6 @@
 //! Open files, and what becomes of them when their blob is complete.
 
-use super::handles::{HandleId, OpenFile};
+use super::handles::{Closed, HandleId, OpenFile};
 use super::namespace::Tree;
 use super::node::{Node, NodeId};
 use super::{Invalidation, Opened, TreeError};
@@ -22,7 +22,7 @@ impl Tree {
         let direct = self.0.modes.enter(node, sealed.is_some());
         Ok(Opened {
             handle: self.0.handles.add_file(node, file, hold),
-            immutable: true,
+            kept: true,
             direct: sealed.filter(|_| direct),
         })
     }
@@ -84,8 +84,10 @@ impl Tree {
 
     /// Closes a file or directory.
     pub fn release(&self, handle: HandleId) {
-        if let Some(node) = self.0.handles.close(handle) {
-            self.0.modes.leave(node);
+        match self.0.handles.close(handle) {
+            Some(Closed::File(node)) => self.0.modes.leave(node),
+            Some(Closed::Directory(directory)) => self.closed(&directory),
+            None => {}
         }
     }
 

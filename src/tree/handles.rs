@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::TreeError;
-use super::binding::Hold;
-use super::node::NodeId;
+use super::binding::{Binding, Hold};
+use super::node::{Node, NodeId};
 use super::shown::Shown;
 use super::view::DirEntry;
 use crate::base::{ByteRange, lock};
@@ -99,10 +99,29 @@ enum Handle {
         OpenFile,
         #[expect(dead_code, reason = "dropped when the handle is closed")] Hold,
     ),
-    Directory(
-        Arc<[DirEntry]>,
-        #[expect(dead_code, reason = "dropped when the handle is closed")] Option<Hold>,
-    ),
+    Directory(Arc<OpenDirectory>),
+}
+
+/// An open directory.
+#[derive(Debug)]
+pub(super) struct OpenDirectory {
+    pub(super) id: NodeId,
+    pub(super) node: Node,
+    /// What decides on its content, below a model.
+    pub(super) binding: Option<Arc<Binding>>,
+    /// What it lists: made when it is first asked for, because the kernel mostly knows it already.
+    pub(super) entries: OnceLock<Arc<[DirEntry]>>,
+    #[expect(dead_code, reason = "dropped when the handle is closed")]
+    pub(super) hold: Option<Hold>,
+}
+
+/// What was closed.
+#[derive(Debug)]
+pub(super) enum Closed {
+    /// A file, by its node.
+    File(NodeId),
+    /// A directory.
+    Directory(Arc<OpenDirectory>),
 }
 
 /// All open handles of a tree.
@@ -134,31 +153,31 @@ impl Handles {
         self.add(Handle::File(node, file, hold))
     }
 
-    pub(super) fn add_directory(&self, entries: Arc<[DirEntry]>, hold: Option<Hold>) -> HandleId {
-        self.add(Handle::Directory(entries, hold))
+    pub(super) fn add_directory(&self, directory: OpenDirectory) -> HandleId {
+        self.add(Handle::Directory(Arc::new(directory)))
     }
 
     pub(super) fn file(&self, id: HandleId) -> Option<OpenFile> {
         match self.open().get(&id)? {
             Handle::File(_, file, _) => Some(file.clone()),
-            Handle::Directory(..) => None,
+            Handle::Directory(_) => None,
         }
     }
 
-    pub(super) fn directory(&self, id: HandleId) -> Option<Arc<[DirEntry]>> {
+    pub(super) fn directory(&self, id: HandleId) -> Option<Arc<OpenDirectory>> {
         match self.open().get(&id)? {
-            Handle::Directory(entries, _) => Some(entries.clone()),
+            Handle::Directory(directory) => Some(directory.clone()),
             Handle::File(..) => None,
         }
     }
 
-    /// Closes a handle; the node, if it was a file's.
-    pub(super) fn close(&self, id: HandleId) -> Option<NodeId> {
+    /// Closes a handle.
+    pub(super) fn close(&self, id: HandleId) -> Option<Closed> {
         // What a handle holds is let go outside the lock.
         let handle = self.open().remove(&id);
         match handle? {
-            Handle::File(node, ..) => Some(node),
-            Handle::Directory(..) => None,
+            Handle::File(node, ..) => Some(Closed::File(node)),
+            Handle::Directory(directory) => Some(Closed::Directory(directory)),
         }
     }
 

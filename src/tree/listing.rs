@@ -1,43 +1,43 @@
 //! Listings: what an open directory shows, decided when it is opened.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::binding::{Binding, Bindings};
-use super::handles::HandleId;
+use super::handles::{HandleId, OpenDirectory};
 use super::namespace::{Step, Tree, Want, child_node, last_step};
 use super::node::{Node, NodeId};
-use super::{DirEntry, Entry, Kind, Opened, TreeError, list};
+use super::{DirEntry, Entry, Invalidation, Kind, Opened, TreeError, list};
 
 impl Tree {
     /// Opens a directory if nobody has to be asked for what is in it.
-    pub fn try_opendir(&self, node: NodeId) -> Option<Result<Opened, TreeError>> {
-        let node = match self.0.table.get(node) {
+    pub fn try_opendir(&self, id: NodeId) -> Option<Result<Opened, TreeError>> {
+        let node = match self.0.table.get(id) {
             Ok(node) => node,
             Err(error) => return Some(Err(error)),
         };
         let opened = match &node {
             Node::Folder(_) => return None,
             Node::Directory { place, .. } => match self.0.resolver.try_bind(&place.reference())? {
-                Ok(binding) => self.open_listing(&node, Some(&binding), BTreeSet::new()),
+                Ok(binding) => self.open_bound(id, node, binding),
                 Err(error) => Err(error),
             },
-            _ => self.open_listing(&node, None, BTreeSet::new()),
+            _ => self.open_listing(id, node, BTreeSet::new()),
         };
         Some(opened)
     }
 
     /// Opens a directory: what it lists is decided now. A repository's tags are asked for, its manifests are not.
-    pub async fn opendir(&self, node: NodeId) -> Result<Opened, TreeError> {
-        let node = self.0.table.get(node)?;
+    pub async fn opendir(&self, id: NodeId) -> Result<Opened, TreeError> {
+        let node = self.0.table.get(id)?;
         match &node {
             Node::Directory { place, .. } => {
                 let binding = self.0.resolver.bind(&place.reference()).await?;
-                self.open_listing(&node, Some(&binding), BTreeSet::new())
+                self.open_bound(id, node, binding)
             }
             Node::Folder(folder) => {
                 let Some(repository) = folder.repository() else {
-                    return self.open_listing(&node, None, BTreeSet::new());
+                    return self.open_listing(id, node, BTreeSet::new());
                 };
                 let patience = self.0.config.tags_patience;
                 let tags = self.0.resolver.catalogue().tags(&repository, patience);
@@ -45,45 +45,89 @@ impl Tree {
                 let tags = tokio::time::timeout(patience * 2, tags)
                     .await
                     .unwrap_or_default();
-                self.open_listing(
-                    &node,
-                    None,
-                    tags.into_iter().map(|tag| format!("@{tag}")).collect(),
-                )
+                let tags = tags.into_iter().map(|tag| format!("@{tag}")).collect();
+                self.open_listing(id, node, tags)
             }
-            _ => self.open_listing(&node, None, BTreeSet::new()),
+            _ => self.open_listing(id, node, BTreeSet::new()),
         }
     }
 
-    fn open_listing(
+    /// Opens a directory of a model. What it lists follows from the binding, and the kernel is told when that changes.
+    fn open_bound(
         &self,
-        node: &Node,
-        binding: Option<&Arc<Binding>>,
-        more: BTreeSet<String>,
+        id: NodeId,
+        node: Node,
+        binding: Arc<Binding>,
     ) -> Result<Opened, TreeError> {
-        let entries = self.listing(node, binding, more)?;
-        let immutable = matches!(node, Node::Directory { place, .. } if place.is_immutable());
-        let hold = binding.map(|binding| Bindings::hold_one(binding.clone()));
+        if let Node::Directory { path, .. } = &node
+            && !binding.shown.has_directory(path)
+        {
+            return Err(TreeError::not_found(path));
+        }
+        let hold = Bindings::hold_one(binding.clone());
+        let directory = OpenDirectory {
+            id,
+            node,
+            binding: Some(binding),
+            entries: OnceLock::new(),
+            hold: Some(hold),
+        };
         Ok(Opened {
-            handle: self.0.handles.add_directory(entries, hold),
-            immutable,
+            handle: self.0.handles.add_directory(directory),
+            kept: true,
             direct: None,
         })
     }
 
+    /// Opens a directory above models.
+    fn open_listing(
+        &self,
+        id: NodeId,
+        node: Node,
+        more: BTreeSet<String>,
+    ) -> Result<Opened, TreeError> {
+        let entries = self.listing(&node, None, more)?;
+        let directory = OpenDirectory {
+            id,
+            node,
+            binding: None,
+            entries: OnceLock::from(entries),
+            hold: None,
+        };
+        Ok(Opened {
+            handle: self.0.handles.add_directory(directory),
+            kept: false,
+            direct: None,
+        })
+    }
+
+    /// A directory is closed. The kernel may have kept what it read by this handle after it was told that something else is shown.
+    pub(super) fn closed(&self, directory: &OpenDirectory) {
+        let Some(binding) = &directory.binding else {
+            return;
+        };
+        let now = self.0.resolver.bindings().get(&binding.reference);
+        let shown = now.is_some_and(|now| Arc::ptr_eq(&now, binding));
+        if !shown && directory.entries.get().is_some() {
+            self.0.resolver.send(Invalidation::Content(directory.id));
+        }
+    }
+
     /// What an open directory lists, `.` and `..` first, then by name.
     pub fn entries(&self, node: NodeId, handle: HandleId) -> Result<Arc<[DirEntry]>, TreeError> {
-        match self.0.handles.directory(handle) {
-            Some(entries) => Ok(entries),
+        let Some(directory) = self.0.handles.directory(handle) else {
             // A handle of a tree before this one.
-            None => {
-                let node = self.0.table.get(node)?;
-                let reference = node.model_place().map(|place| place.reference());
-                let binding =
-                    reference.and_then(|reference| self.0.resolver.bindings().get(&reference));
-                self.listing(&node, binding.as_ref(), BTreeSet::new())
-            }
+            let node = self.0.table.get(node)?;
+            let reference = node.model_place().map(|place| place.reference());
+            let binding =
+                reference.and_then(|reference| self.0.resolver.bindings().get(&reference));
+            return self.listing(&node, binding.as_ref(), BTreeSet::new());
+        };
+        if let Some(entries) = directory.entries.get() {
+            return Ok(entries.clone());
         }
+        let entries = self.listing(&directory.node, directory.binding.as_ref(), BTreeSet::new())?;
+        Ok(directory.entries.get_or_init(|| entries).clone())
     }
 
     /// The node of a listed entry, as a lookup would answer it; `None` where that would mean asking somebody.

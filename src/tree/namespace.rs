@@ -25,9 +25,11 @@ const SPELLED: Duration = Duration::from_secs(60);
 /// For how long the kernel keeps the attributes of a file that is being fetched: `st_blocks` grows.
 const GROWING: Duration = Duration::from_secs(1);
 
-/// The longest time that the kernel keeps names below a tag. It must be short against `tag_ttl`, because names that the
-/// kernel keeps are looked up without us seeing it.
-const BELOW_TAG: Duration = Duration::from_secs(30);
+/// The same where nobody in this process fetches it. Another one may.
+const RESTING: Duration = Duration::from_secs(60);
+
+/// The same for a file that is all here. Only that it is evicted can change its `st_blocks`.
+const COMPLETE: Duration = Duration::from_secs(3600);
 
 /// The tree; clones share it.
 ///
@@ -259,12 +261,9 @@ impl Tree {
             // A link of a tag's model may be another one when the tag moves; other links follow from their names.
             (_, Node::Link { directory, .. }) if !directory.starts_with("sha256:") => FOREVER,
             (_, Node::Root | Node::Host(_) | Node::Folder(_)) => SPELLED,
-            (_, Node::Directory { place, .. }) | (Node::Directory { place, .. }, _)
-                if place.is_immutable() =>
-            {
-                FOREVER
-            }
-            _ => self.below_tag(),
+            (Node::Directory { place, .. }, _) => self.inside(place),
+            (_, Node::Directory { place, .. }) if place.is_immutable() => FOREVER,
+            _ => self.of_tag(),
         }
     }
 
@@ -272,17 +271,41 @@ impl Tree {
         match node {
             Node::Link { .. } => FOREVER,
             Node::Root | Node::Host(_) | Node::Folder(_) => SPELLED,
-            Node::Directory { place, .. } if place.is_immutable() => FOREVER,
-            Node::Directory { .. } => self.below_tag(),
+            Node::Directory { place, .. } => self.inside(place),
             Node::File { shown, path, .. } => match shown.file(path) {
-                Some(file) if file.cached() < file.size => GROWING,
-                _ => SPELLED,
+                Some(file) if file.cached() >= file.size => COMPLETE,
+                Some(file) if file.is_growing() => GROWING,
+                _ => RESTING,
             },
         }
     }
 
-    fn below_tag(&self) -> Duration {
-        BELOW_TAG.min(self.0.config.tag_ttl / 10)
+    /// For how long the kernel keeps what a tag means. It must be short against `tag_ttl`, because names that the kernel keeps
+    /// are looked up without us seeing it.
+    fn of_tag(&self) -> Duration {
+        self.0.config.tag_ttl / 10
+    }
+
+    /// For how long the kernel keeps what is inside of a model directory. Whoever comes there comes by the directory's own name,
+    /// which we see often enough, and of what changes inside the kernel is told. That may cross an answer on its way, so even
+    /// then there is an end.
+    fn inside(&self, place: &Place) -> Duration {
+        if place.is_immutable() {
+            FOREVER
+        } else {
+            self.0.config.tag_ttl
+        }
+    }
+
+    /// For how long the kernel may believe that there is no such name in the directory; `None` when it should ask each time.
+    pub fn missing_ttl(&self, directory: NodeId) -> Option<Duration> {
+        match self.0.table.get(directory).ok()? {
+            Node::Directory { place, .. } => {
+                self.0.resolver.bindings().get(&place.reference())?;
+                Some(self.inside(&place))
+            }
+            _ => None,
+        }
     }
 
     /// The target of a symbolic link.

@@ -490,7 +490,7 @@ async fn a_tag_moves_only_when_nobody_could_see_two_versions() {
             "{name} {events:?}"
         );
     }
-    assert!(events.contains(&Invalidation::Attributes(directory)));
+    assert!(events.contains(&Invalidation::Content(directory)));
     let bytes = bench
         .tree
         .file(file, opened.handle)

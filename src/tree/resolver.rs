@@ -3,7 +3,7 @@
 //! Whoever wants the same reference waits for the same answer. The asking is a task of its own: a waiter whose time
 //! is up goes away with [`TreeError::Timeout`], the answer still arrives, and the next try finds it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
@@ -255,7 +255,10 @@ impl Resolver {
             (None, None, _) => unreachable!("nothing was shown before, so something is shown now"),
         };
         let binding = Binding::new(reference.clone(), shown);
-        let old = self.0.bindings.set(&binding);
+        let (old, dropped) = self.0.bindings.set(&binding);
+        if let Some(dropped) = &dropped {
+            self.announce(&dropped.reference, Some(dropped), None);
+        }
         if let Some(old) = &old {
             tracing::info!(%reference, from = %old.shown.digest(), to = %binding.shown.digest(), "the tag has moved");
         }
@@ -272,19 +275,26 @@ impl Resolver {
     fn announce(&self, reference: &Reference, old: Option<&Binding>, new: Option<&Binding>) {
         let send = |event| self.send(event);
         let table = &self.0.table;
+        // Where nothing was shown, the kernel holds nothing; else it may have asked for names of the new version in vain.
+        let versions = || old.into_iter().chain(old.and(new));
         for place in Place::all(reference) {
-            for path in old.iter().flat_map(|old| old.shown.directories()) {
+            let paths: BTreeSet<_> = versions().flat_map(|one| one.shown.directories()).collect();
+            for path in paths {
                 let parent = table.id(&place.directory(path));
                 if !table.holds(parent) {
                     continue;
                 }
-                for (name, _) in old.iter().flat_map(|old| old.shown.list(path)) {
+                let names: BTreeSet<_> = versions()
+                    .flat_map(|one| one.shown.list(path))
+                    .map(|(name, _)| name)
+                    .collect();
+                for name in names {
                     send(Invalidation::Entry {
                         parent,
                         name: name.to_owned(),
                     });
                 }
-                send(Invalidation::Attributes(parent));
+                send(Invalidation::Content(parent));
             }
             // In a repository's own directory a directory of `:latest` takes the place of a namespace of that name.
             let (Place::Latest(repository), Some(new)) = (&place, new) else {

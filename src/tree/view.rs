@@ -37,8 +37,8 @@ pub struct DirEntry {
 pub struct Opened {
     /// The handle.
     pub handle: HandleId,
-    /// Whether what was opened can never change, so that the kernel may keep a listing.
-    pub immutable: bool,
+    /// Whether the kernel may keep what it reads: it never changes, or the kernel is told when it does.
+    pub kept: bool,
     /// The cache's file of a sealed blob, when the kernel is to read it without us. All who have the node open are
     /// answered the same way.
     pub direct: Option<Arc<cache::Entry>>,

@@ -21,6 +21,7 @@ mod killed;
 mod lies;
 mod loaders;
 mod login;
+mod metadata;
 mod naming;
 mod offline;
 mod passthrough;
