@@ -13,6 +13,7 @@ packages=(
     gcc libc6-dev ca-certificates curl openssl
     fuse3 util-linux mount
     docker-registry skopeo apache2-utils
+    buildah umoci zstd gzip
     attr rsync tar diffutils findutils procps
     python3 python3-venv python3-torch
 )

@@ -99,19 +99,15 @@ pub struct Unpacker {
 impl Cache {
     /// The sealed uncompressed form of a layer, when it is here.
     pub fn unpacked(&self, layer: &Digest) -> Option<Entry> {
-        let note = self.note(NoteKind::Unpacked, layer)?;
-        let became: Became = serde_json::from_slice(&note).ok()?;
-        Entry::open_sealed(self, &became.digest, became.size)
-            .ok()
-            .flatten()
+        let (digest, size) = self.unpacked_as(layer)?;
+        Entry::open_sealed(self, &digest, size).ok().flatten()
     }
 
-    /// The size of a layer's uncompressed form, when it was ever made; it may have been evicted.
-    pub fn unpacked_size(&self, layer: &Digest) -> Option<u64> {
+    /// Digest and size of a layer's uncompressed form, when it was ever made; it may have been evicted.
+    pub fn unpacked_as(&self, layer: &Digest) -> Option<(Digest, u64)> {
         let note = self.note(NoteKind::Unpacked, layer)?;
-        serde_json::from_slice::<Became>(&note)
-            .ok()
-            .map(|became| became.size)
+        let became: Became = serde_json::from_slice(&note).ok()?;
+        Some((became.digest, became.size))
     }
 
     /// Begins to make the uncompressed form of a layer, unless another process is at it.
@@ -290,7 +286,7 @@ mod tests {
         assert!(cache.unpacked(&layer).is_some());
         cache.remove(&digest).unwrap();
         assert!(cache.unpacked(&layer).is_none());
-        assert_eq!(cache.unpacked_size(&layer), Some(12));
+        assert_eq!(cache.unpacked_as(&layer), Some((digest, 12)));
     }
 
     #[test]

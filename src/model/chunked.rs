@@ -1,13 +1,19 @@
 //! Files in pieces that are compressed each by itself, with a digest of each: what eStargz and zstd:chunked make of a layer.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::io::Read as _;
+use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
+use super::fetch::on_disk;
 use super::inflate::Compression;
-use crate::base::{ByteRange, Digest};
+use crate::base::{ByteRange, Digest, lock};
 use crate::blob::{BlobError, LazyBlob};
+
+/// Bytes of pieces that are kept, all files together: a sequential reader comes back to the same piece many times.
+const KEPT: usize = 64 << 20;
 
 /// One piece of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -18,8 +24,10 @@ pub(super) struct Chunk {
     pub(super) size: u64,
     /// Where its compressed bytes begin in the layer.
     pub(super) at: u64,
-    /// How many there are at most.
+    /// How many there are at most; none for a piece of zeros.
     pub(super) len: u64,
+    /// Where it begins in what they are when they are decompressed.
+    pub(super) inner: u64,
     /// The digest of the piece as it is in the file.
     pub(super) digest: Digest,
 }
@@ -37,39 +45,65 @@ impl Chunk {
         ByteRange::at(self.at, self.len)
     }
 
-    /// Appends what the piece has of `range`, after it was decompressed and checked. The error is for people.
-    pub(super) fn give(
-        &self,
-        compressed: &[u8],
-        range: ByteRange,
-        content: &mut BytesMut,
-    ) -> Result<(), String> {
-        let piece = open(self, compressed)?;
+    /// Decompresses and checks it. The error is for people.
+    pub(super) fn open(&self, compressed: &[u8]) -> Result<Bytes, String> {
+        let bad = |error: std::io::Error| format!("a chunk cannot be decompressed: {error}");
+        let format = Compression::of(compressed).ok_or("a chunk is not compressed")?;
+        let mut decoder = format.decoder(compressed).map_err(bad)?;
+        let skipped = std::io::copy(&mut (&mut decoder).take(self.inner), &mut std::io::sink());
+        let mut piece = Vec::new();
+        // More may follow than the chunk: its size says where it ends.
+        let read = skipped.and_then(|_| decoder.take(self.size).read_to_end(&mut piece));
+        read.map_err(bad)?;
+        let actual = Digest::of(&piece);
+        if actual != self.digest {
+            return Err(format!(
+                "a chunk has digest {actual} and should have {}",
+                self.digest
+            ));
+        }
+        Ok(piece.into())
+    }
+
+    /// Appends what a piece has of `range`.
+    pub(super) fn give(&self, piece: Option<&[u8]>, range: ByteRange, content: &mut BytesMut) {
         let inside = ByteRange::at(self.offset, self.size).intersect(range);
         let cut = |at: u64| usize::try_from(at - self.offset).unwrap_or(usize::MAX);
-        content.extend_from_slice(&piece[cut(inside.start())..cut(inside.end())]);
-        Ok(())
+        match piece {
+            Some(piece) => {
+                content.extend_from_slice(&piece[cut(inside.start())..cut(inside.end())])
+            }
+            None => content.resize(content.len() + inside.len() as usize, 0),
+        }
+    }
+
+    /// Whether it is zeros that are stored nowhere.
+    pub(super) fn is_zeros(&self) -> bool {
+        self.len == 0
     }
 }
 
-/// Decompresses and checks one piece.
-fn open(chunk: &Chunk, compressed: &[u8]) -> Result<Vec<u8>, String> {
-    let format = Compression::of(compressed).ok_or("a chunk is not compressed as it should be")?;
-    let mut piece = Vec::new();
-    // More may follow in the range than the chunk: its size says where it ends.
-    let decoder = format
-        .decoder(compressed)
-        .map_err(|error| error.to_string())?;
-    std::io::Read::read_to_end(&mut std::io::Read::take(decoder, chunk.size), &mut piece)
-        .map_err(|error| format!("a chunk cannot be decompressed: {error}"))?;
-    let actual = Digest::of(&piece);
-    if actual != chunk.digest {
-        return Err(format!(
-            "a chunk has digest {actual} and should have {}",
-            chunk.digest
-        ));
+/// Pieces that were read lately; clones share them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pieces(Arc<Mutex<VecDeque<(Digest, Bytes)>>>);
+
+impl Pieces {
+    fn get(&self, digest: &Digest) -> Option<Bytes> {
+        let mut kept = lock(&self.0);
+        let at = kept.iter().position(|(known, _)| known == digest)?;
+        let piece = kept.remove(at)?;
+        let bytes = piece.1.clone();
+        kept.push_back(piece);
+        Some(bytes)
     }
-    Ok(piece)
+
+    fn keep(&self, digest: Digest, piece: Bytes) {
+        let mut kept = lock(&self.0);
+        kept.push_back((digest, piece));
+        while kept.len() > 1 && kept.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > KEPT {
+            kept.pop_front();
+        }
+    }
 }
 
 /// A file in pieces.
@@ -77,11 +111,16 @@ fn open(chunk: &Chunk, compressed: &[u8]) -> Result<Vec<u8>, String> {
 pub struct ChunkedFile {
     blob: Arc<LazyBlob>,
     chunks: Arc<[Chunk]>,
+    pieces: Pieces,
 }
 
 impl ChunkedFile {
-    pub(super) fn new(blob: Arc<LazyBlob>, chunks: Arc<[Chunk]>) -> Self {
-        Self { blob, chunks }
+    pub(super) fn new(blob: Arc<LazyBlob>, chunks: Arc<[Chunk]>, pieces: Pieces) -> Self {
+        Self {
+            blob,
+            chunks,
+            pieces,
+        }
     }
 
     /// The layer.
@@ -91,8 +130,9 @@ impl ChunkedFile {
 
     /// Bytes of the file whose compressed form is in the cache.
     pub fn cached(&self) -> u64 {
-        let here =
-            |chunk: &&Chunk| self.blob.cached_in(ByteRange::at(chunk.at, chunk.len)) == chunk.len;
+        let here = |chunk: &&Chunk| {
+            chunk.is_zeros() || self.blob.cached_in(chunk.compressed()) == chunk.len
+        };
         self.chunks
             .iter()
             .filter(here)
@@ -104,15 +144,31 @@ impl ChunkedFile {
     pub async fn read(&self, range: ByteRange) -> Result<Bytes, BlobError> {
         let mut content = BytesMut::new();
         for chunk in covering(&self.chunks, range) {
-            let compressed = self.blob.read(chunk.compressed()).await?;
-            chunk
-                .give(&compressed, range, &mut content)
-                .map_err(|reason| BlobError::Undecodable {
-                    digest: self.blob.digest(),
-                    reason,
-                    lasting: true,
-                })?;
+            if chunk.is_zeros() {
+                chunk.give(None, range, &mut content);
+                continue;
+            }
+            let piece = match self.pieces.get(&chunk.digest) {
+                Some(piece) => piece,
+                None => self.fetch(*chunk).await?,
+            };
+            chunk.give(Some(&piece), range, &mut content);
         }
         Ok(content.freeze())
+    }
+
+    async fn fetch(&self, chunk: Chunk) -> Result<Bytes, BlobError> {
+        let compressed = self.blob.read(chunk.compressed()).await?;
+        let bad = |reason| BlobError::Undecodable {
+            digest: self.blob.digest(),
+            reason,
+            lasting: true,
+        };
+        let opened = on_disk(move || chunk.open(&compressed)).await;
+        let piece = opened
+            .unwrap_or_else(|| Err("ocifs failed to decompress a chunk".into()))
+            .map_err(bad)?;
+        self.pieces.keep(chunk.digest, piece.clone());
+        Ok(piece)
     }
 }

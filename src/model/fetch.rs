@@ -15,7 +15,7 @@ use super::ModelError;
 use super::chunked;
 use super::layout::{Placed, Source};
 use super::manifest::{Descriptor, Manifest};
-use super::tar::Listing;
+use super::tar::{Form, Listing};
 use super::unpacked::{Unpacked, UnpackedLayers};
 use crate::cache::NoteKind;
 
@@ -57,7 +57,7 @@ pub(super) trait Fetch: Sync {
         range: ByteRange,
     ) -> impl Future<Output = Result<Bytes, ModelError>> + Send;
     /// What is known of a layer from before.
-    fn recall(&self, layer: &Digest) -> impl Future<Output = Option<Listing>> + Send;
+    fn recall(&self, layer: &Descriptor) -> impl Future<Output = Option<Listing>> + Send;
     /// Remembers what a verified layer holds.
     fn remember(&self, layer: &Digest, listing: &Listing) -> impl Future<Output = ()> + Send;
 }
@@ -81,13 +81,18 @@ pub(super) async fn peek_file<F: Fetch>(
             let blob = manifest.blob(*layer);
             let mut content = BytesMut::new();
             for chunk in chunked::covering(chunks, range) {
+                if chunk.is_zeros() {
+                    chunk.give(None, range, &mut content);
+                    continue;
+                }
                 let compressed = fetch.peek(blob, chunk.compressed()).await?;
-                chunk
-                    .give(&compressed, range, &mut content)
+                let piece = chunk
+                    .open(&compressed)
                     .map_err(|reason| ModelError::Unusable {
                         reference: fetch.what(&blob.digest),
                         reason,
                     })?;
+                chunk.give(Some(&piece), range, &mut content);
             }
             Ok(content.freeze())
         }
@@ -227,10 +232,10 @@ impl Fetch for Remote {
     async fn unpack(&self, layer: &Descriptor) -> Result<u64, ModelError> {
         // Its size alone is enough to look into it; its bytes come when they are looked at.
         let (cache, digest) = (self.blobs.cache().clone(), layer.digest);
-        let known = on_disk(move || cache.unpacked_size(&digest))
-            .await
-            .flatten();
-        if let Some(size) = known {
+        let known = on_disk(move || cache.unpacked_as(&digest)).await.flatten();
+        if let Some((known, size)) = known
+            && layer.diff_id.is_none_or(|diff_id| diff_id == known)
+        {
             return Ok(size);
         }
         let unpacked = self.unpacked(layer).complete().await;
@@ -246,11 +251,18 @@ impl Fetch for Remote {
         read.map_err(|source| self.blob_error(layer.blob(), source))
     }
 
-    async fn recall(&self, layer: &Digest) -> Option<Listing> {
-        let (cache, layer) = (self.blobs.cache().clone(), *layer);
+    async fn recall(&self, layer: &Descriptor) -> Option<Listing> {
+        let (cache, layer, diff_id) = (self.blobs.cache().clone(), layer.digest, layer.diff_id);
         let recall = move || {
             let note = cache.note(NoteKind::Listing, &layer)?;
-            Listing::from_note(&note)
+            let listing = Listing::from_note(&note)?;
+            // What is known of a layer holds for whoever says the same of it.
+            let same = |diff_id| {
+                cache
+                    .unpacked_as(&layer)
+                    .is_some_and(|(known, _)| known == diff_id)
+            };
+            (listing.form != Form::Compressed || diff_id.is_none_or(same)).then_some(listing)
         };
         on_disk(recall).await.flatten()
     }

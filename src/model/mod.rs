@@ -45,6 +45,7 @@ mod plans;
 mod safetensors;
 mod shards;
 mod tar;
+mod toc;
 mod unpacked;
 mod weights;
 

@@ -11,6 +11,7 @@ use crate::cache::TagRecord;
 use crate::registry::{Reference, Repository, Tag};
 
 use super::answers::Answers;
+use super::chunked::Pieces;
 use super::fetch::{LARGEST_MANIFEST, Remote, on_disk};
 use super::flight::Flights;
 use super::layout::Source;
@@ -35,6 +36,7 @@ pub struct Models {
 struct Shared {
     blobs: Blobs,
     layers: UnpackedLayers,
+    pieces: Pieces,
     config: ModelConfig,
     answers: Mutex<Answers<Reference>>,
     resolving: Flights<Reference, Result<Digest, ModelError>>,
@@ -61,6 +63,7 @@ impl Models {
     pub fn new(blobs: Blobs, config: ModelConfig) -> Self {
         let shared = Shared {
             layers: UnpackedLayers::new(blobs.clone()),
+            pieces: Pieces::default(),
             blobs,
             config,
             answers: Mutex::default(),
@@ -479,7 +482,9 @@ impl Shared {
                     offset: *offset,
                 },
                 Source::Chunks { layer, chunks } => {
-                    Content::Chunked(Arc::new(ChunkedFile::new(blob(*layer), Arc::clone(chunks))))
+                    let pieces = self.pieces.clone();
+                    let file = ChunkedFile::new(blob(*layer), Arc::clone(chunks), pieces);
+                    Content::Chunked(Arc::new(file))
                 }
                 Source::Link(_) => return None,
             };

@@ -20,6 +20,7 @@ use super::layout::{self, Placed, Source};
 use super::manifest::{self, Descriptor, Document, Manifest};
 use super::notes::quote;
 use super::tar::{Form, Listing, TarError, Walk};
+use super::toc::{self, Toc};
 use super::weights;
 
 /// Largest config that is read.
@@ -416,8 +417,20 @@ async fn list_tar<F: Fetch>(
     layer: &Descriptor,
     whole: bool,
 ) -> Result<Result<Listing, TarError>, ModelError> {
-    if let Some(listing) = fetch.recall(&layer.digest).await {
+    if let Some(listing) = fetch.recall(layer).await {
         return Ok(Ok(listing));
+    }
+    if let Some(toc) = toc::of(layer) {
+        match list_chunked(fetch, layer, toc).await? {
+            Ok(listing) => {
+                fetch.remember(&layer.digest, &listing).await;
+                return Ok(Ok(listing));
+            }
+            // It is a compressed tar still.
+            Err(reason) => {
+                tracing::warn!(digest = %layer.digest, reason, "a layer's table of contents is of no use");
+            }
+        }
     }
     let tar = layer.blob();
     let is_local = whole && fetch.complete(tar).await?;
@@ -431,6 +444,26 @@ async fn list_tar<F: Fetch>(
         Err(TarError::Compressed(_)) => list_compressed(fetch, layer).await,
         listing => Ok(listing),
     }
+}
+
+/// What the table of contents of a layer lists. The inner error is for people.
+async fn list_chunked<F: Fetch>(
+    fetch: &F,
+    layer: &Descriptor,
+    toc: Toc,
+) -> Result<Result<Listing, String>, ModelError> {
+    let place = match toc {
+        Toc::ZstdChunked(place, _) => place,
+        Toc::EStargz(_) => {
+            let footer = fetch.peek(layer.blob(), toc::footer(layer)).await?;
+            match toc::table(layer, &footer) {
+                Some(place) => place,
+                None => return Ok(Err("its footer cannot be understood".to_owned())),
+            }
+        }
+    };
+    let table = fetch.peek(layer.blob(), place).await?;
+    Ok(toc::parse(toc, place, &table))
 }
 
 /// What a compressed tar holds, found in its uncompressed form and remembered.

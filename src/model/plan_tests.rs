@@ -68,8 +68,8 @@ impl Fetch for Memory {
         Ok(bytes.slice(range.start() as usize..range.end() as usize))
     }
 
-    async fn recall(&self, layer: &Digest) -> Option<Listing> {
-        let note = self.notes.lock().unwrap().get(layer).cloned()?;
+    async fn recall(&self, layer: &Descriptor) -> Option<Listing> {
+        let note = self.notes.lock().unwrap().get(&layer.digest).cloned()?;
         Some(Listing::from_note(&note).unwrap())
     }
 

@@ -277,7 +277,16 @@ impl Unpacked {
             None => cache.unpack(&digest).map(Ok),
         });
         let place = match found.await {
-            Some(Ok(Err(entry))) => Place::Whole(Arc::new(entry)),
+            Some(Ok(Err(entry))) => {
+                // Another artifact may have said another digest of the same layer.
+                if let Some(diff_id) = self.diff_id.filter(|diff_id| diff_id != entry.digest()) {
+                    return Err(BlobError::Corrupt {
+                        digest: diff_id,
+                        actual: *entry.digest(),
+                    });
+                }
+                Place::Whole(Arc::new(entry))
+            }
             Some(Ok(Ok(unpacking))) => {
                 let (sender, receiver) = watch::channel(Progress::default());
                 let growing = match unpacking {

@@ -85,6 +85,7 @@ impl Layer {
 pub struct Artifact {
     config_type: String,
     config: Vec<u8>,
+    media_type: String,
     artifact_type: Option<String>,
     annotations: BTreeMap<String, String>,
     layers: Vec<Layer>,
@@ -107,6 +108,7 @@ impl Artifact {
         Self {
             config_type: config_type.to_owned(),
             config: config.to_string().into_bytes(),
+            media_type: MANIFEST.to_owned(),
             artifact_type: None,
             annotations: BTreeMap::new(),
             layers: Vec::new(),
@@ -144,6 +146,12 @@ impl Artifact {
         artifact
     }
 
+    /// Under another manifest type than OCI's.
+    pub fn of_type(mut self, media_type: &str) -> Self {
+        self.media_type = media_type.to_owned();
+        self
+    }
+
     pub fn layer(mut self, layer: Layer) -> Self {
         self.layers.push(layer);
         self
@@ -162,7 +170,7 @@ impl Artifact {
         let layers: Vec<Value> = self.layers.iter().map(|layer| layer.store(dir)).collect();
         let mut manifest = json!({
             "schemaVersion": 2,
-            "mediaType": MANIFEST,
+            "mediaType": self.media_type,
             "config": {"mediaType": self.config_type, "digest": config, "size": self.config.len()},
             "layers": layers,
         });
@@ -181,7 +189,7 @@ impl Artifact {
             Err(_) => json!({"schemaVersion": 2, "manifests": []}),
         };
         index["manifests"].as_array_mut().unwrap().push(json!({
-            "mediaType": MANIFEST, "digest": digest, "size": manifest.len(),
+            "mediaType": self.media_type, "digest": digest, "size": manifest.len(),
             "annotations": {"org.opencontainers.image.ref.name": tag},
         }));
         fs::write(index_file, index.to_string()).unwrap();
@@ -201,7 +209,37 @@ impl Artifact {
     pub fn publish(&self, registry: &Registry, name: &str) -> Published {
         let layout = super::scratch("layout");
         let mut published = self.write(layout.path(), "pushed");
-        registry.skopeo_push(&format!("oci:{}:pushed", layout.path().display()), name);
+        let source = format!("oci:{}:pushed", layout.path().display());
+        if self.media_type == MANIFEST {
+            registry.skopeo_push(&source, name);
+        } else {
+            // A layout holds OCI's manifests only, so the blobs go as one and the manifest by itself.
+            let layout = super::scratch("layout");
+            let twin = self.clone().of_type(MANIFEST);
+            twin.write(layout.path(), "pushed");
+            registry.skopeo_push(&format!("oci:{}:pushed", layout.path().display()), name);
+            let file = layout.path().join("manifest");
+            fs::write(&file, &published.manifest).unwrap();
+            let (repository, tag) = name.split_once(':').unwrap();
+            let header = format!("Content-Type: {}", self.media_type);
+            let data = format!("@{}", file.display());
+            let url = format!("http://{}/v2/{repository}/manifests/{tag}", registry.host());
+            super::process::run(
+                "curl",
+                [
+                    "-sS",
+                    "--fail",
+                    "-X",
+                    "PUT",
+                    "-H",
+                    &header,
+                    "--data-binary",
+                    &data,
+                    &url,
+                ],
+            )
+            .ok();
+        }
         published.reference = format!("{}/{name}", registry.host());
         published
     }

@@ -1,0 +1,176 @@
+//! CNCF ModelPack (modelpack/model-spec docs/spec.md), written by modelpack-client where it can, which is also asked what it
+//! would unpack; the old spelling and odd paths by hand.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::{Site, archive};
+use crate::support::artifact::{Artifact, FILEPATH, Layer};
+use crate::support::content::{Content, digest};
+use crate::support::model::{Files, SampleModel, assert_same_files, read_tree};
+use crate::support::python::module;
+use crate::support::scratch;
+
+/// A directory with one folder for each kind of layer, and the push of it in this encoding.
+fn push(site: &Site, encoding: &str, source: &Path) -> String {
+    for (folder, file, size) in [
+        ("weights", "model-00001-of-00002.safetensors", 3_000_000),
+        ("weights", "deep/model-00002-of-00002.safetensors", 700_001),
+        ("config", "config.json", 300),
+        ("config", "tokenizer/merges.txt", 40_000),
+        ("docs", "README.md", 1000),
+        ("code", "modeling.py", 5000),
+        ("data", "train/a.jsonl", 100_000),
+    ] {
+        let path = source.join(folder).join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        Content::new(size).write(&path, size);
+    }
+    let config = source.parent().unwrap().join("config.json");
+    let text = json!({"descriptor": {"name": "m", "createdAt": "2025-10-05T12:34:56Z"}, "config": {"format": "safetensors"}});
+    fs::write(&config, text.to_string()).unwrap();
+    let target = format!(
+        "{}/org/m:{}",
+        site.registry.host(),
+        encoding.replace('+', "-")
+    );
+    let mut args = vec!["--insecure".to_owned(), "push".to_owned(), target.clone()];
+    args.extend(["--config".to_owned(), config.to_str().unwrap().to_owned()]);
+    for (folder, kind) in [
+        ("weights", "weight"),
+        ("config", "weight.config"),
+        ("docs", "doc"),
+        ("code", "code"),
+        ("data", "dataset"),
+    ] {
+        let path = source.join(folder);
+        args.push("--layer".to_owned());
+        args.push(format!(
+            "{}:application/vnd.cncf.model.{kind}.v1.{encoding}",
+            path.display()
+        ));
+    }
+    module("modelpack_client", args).ok();
+    target
+}
+
+#[test]
+fn every_kind_in_every_encoding_is_what_its_own_client_unpacks() {
+    let site = Site::new();
+    for encoding in ["tar", "tar+gzip", "tar+zstd"] {
+        let dir = scratch("modelpack");
+        let source = dir.path().join("source");
+        let shown = push(&site, encoding, &source);
+        let found = site.mount.files(&shown);
+        assert_same_files(&found, &read_tree(&source));
+        let pulled = dir.path().join("pulled");
+        module(
+            "modelpack_client",
+            ["--insecure", "pull", &shown, pulled.to_str().unwrap()],
+        )
+        .ok();
+        assert_same_files(&found, &read_tree(&pulled));
+    }
+}
+
+#[test]
+fn raw_files_of_the_client_keep_their_names() {
+    let site = Site::new();
+    let model = SampleModel::new(301);
+    let files = model.some(|name| !name.contains('/'));
+    let dir = scratch("modelpack");
+    let config = dir.path().join("config.json");
+    fs::write(&config, r#"{"descriptor":{},"config":{}}"#).unwrap();
+    let target = format!("{}/org/m:raw", site.registry.host());
+    let mut args = vec!["--insecure".to_owned(), "push".to_owned(), target.clone()];
+    args.extend(["--config".to_owned(), config.to_str().unwrap().to_owned()]);
+    for name in files.keys() {
+        args.push("--layer".to_owned());
+        args.push(model.path().join(name).to_str().unwrap().to_owned());
+    }
+    module("modelpack_client", args).ok();
+    assert_same_files(&site.mount.files(&target), &files);
+}
+
+#[test]
+fn the_old_spelling_is_read_in_every_encoding() {
+    let site = Site::new();
+    let model = SampleModel::new(302);
+    for (tag, compress) in [
+        ("tar", None),
+        ("tar+gzip", Some("gzip")),
+        ("tar+zstd", Some("zstd")),
+    ] {
+        let layers = model.files().keys().map(|name| {
+            let bytes = archive(model.path(), &[name], compress);
+            let kind = if name.ends_with(".safetensors") {
+                "weight"
+            } else {
+                "weight.config"
+            };
+            Layer::bytes(
+                &format!("application/vnd.cnai.model.{kind}.v1.{tag}"),
+                bytes,
+            )
+            // Where tar and annotation differ, the tar is right, as in modctl.
+            .annotated("org.cnai.model.filepath", "elsewhere")
+        });
+        let artifact = Artifact::modelpack("cnai").layers(layers);
+        let name = format!("org/m:{}", tag.replace('+', "-"));
+        let shown = artifact.publish(&site.registry, &name).reference;
+        assert_same_files(&site.mount.files(&shown), model.files());
+    }
+}
+
+#[test]
+fn paths_that_lead_out_are_refused_and_their_layers_still_there() {
+    let site = Site::new();
+    let raw = "application/vnd.cncf.model.weight.v1.raw";
+    let artifact = Artifact::modelpack("cncf")
+        .layer(Layer::bytes(raw, "good").at("sub/good.bin"))
+        .layer(Layer::bytes(raw, "beside the packager's directory").at("../shared/config.json"))
+        .layer(Layer::bytes(raw, "absolute").at("/etc/passwd"))
+        .layer(Layer::bytes(raw, "out").at("a/../../../etc/shadow"))
+        .layer(Layer::bytes(raw, "named by its metadata").annotated(
+            "org.cncf.model.file.metadata+json",
+            r#"{"name":"meta.txt","mode":420,"uid":0,"gid":0,"size":21,"mtime":"2025-01-01T00:00:00Z","typeflag":48}"#,
+        ))
+        .layer(Layer::bytes("application/vnd.kitops.modelkit.config.v1+json", "{}"));
+    let shown = site.show(&artifact);
+    let wanted: Files = [
+        ("sub/good.bin", "good"),
+        ("shared/config.json", "beside the packager's directory"),
+        ("meta.txt", "named by its metadata"),
+        ("Kitfile", "{}"),
+    ]
+    .into_iter()
+    .map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()))
+    .collect();
+    assert_same_files(&site.mount.files(&shown), &wanted);
+    let hidden = site.mount.list(&format!("{shown}/.oci/blobs"));
+    for text in ["absolute", "out"] {
+        assert!(
+            hidden.contains(&digest(text.as_bytes())),
+            "{text} in {hidden:?}"
+        );
+    }
+    let said = site.inspect(&shown);
+    assert!(
+        said.contains("it is absolute") && said.contains("leads out"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_layer_whose_type_lies_is_the_file_that_its_annotation_names() {
+    let site = Site::new();
+    let weights = Content::new(5).bytes(0, 100_000);
+    let artifact = Artifact::modelpack("cncf").layer(
+        Layer::bytes("application/vnd.cncf.model.weight.v1.tar", weights.clone())
+            .annotated(FILEPATH, "model.bin"),
+    );
+    let shown = site.show(&artifact);
+    assert_eq!(site.mount.read(&format!("{shown}/model.bin")), weights);
+}
