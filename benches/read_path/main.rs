@@ -4,6 +4,7 @@
 //! cargo bench --bench read_path                       all groups, 5 rounds
 //! cargo bench --bench read_path -- --quick            small files, one round: a minute
 //! cargo bench --bench read_path -- cold --rounds 3    one group
+//! cargo bench --bench read_path -- --markdown         the rows that have a bar, as the README shows them
 //! ```
 //!
 //! It needs root; `benches/setup.sh` installs the servers and peers on Debian. A peer that is missing is named at the end of the
@@ -55,13 +56,15 @@ mod table;
 mod tars;
 
 use std::cell::OnceCell;
+use std::fs::{self, File};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use models::Model;
 use options::Options;
+use rustix::fs::{FlockOperation, flock};
 use servers::{Place, Server};
 use table::Table;
 
@@ -159,6 +162,36 @@ impl Bench {
     }
 }
 
+/// The directory of models, caches and outputs, for one run at a time. It is emptied at the end, and before the next begin if a run
+/// was killed.
+struct Workplace {
+    dir: PathBuf,
+    _lock: File,
+}
+
+impl Workplace {
+    fn take() -> Option<Self> {
+        let below = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let lock = File::create(below.join("read_path.lock")).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).ok()?;
+        let dir = below.join("read_path");
+        for point in ["models", "peer"] {
+            let mut umount = Command::new("umount");
+            umount.arg("-l").arg(dir.join(point)).stderr(Stdio::null());
+            let _ = umount.status();
+        }
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        Some(Self { dir, _lock: lock })
+    }
+}
+
+impl Drop for Workplace {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
 /// The contestants of a round in their order: in the opposite one in every other round.
 fn in_turn<T: Clone>(round: usize, contestants: &[T]) -> Vec<T> {
     let mut order = contestants.to_vec();
@@ -189,11 +222,14 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(2);
     }
-    let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
-    machine::print_header(dir.path(), &options);
+    let Some(workplace) = Workplace::take() else {
+        eprintln!("another run of the benchmark is under way");
+        return ExitCode::FAILURE;
+    };
+    machine::print_header(&workplace.dir, &options);
     let bench = Bench {
         options,
-        dir: dir.path().to_owned(),
+        dir: workplace.dir.clone(),
         single: OnceCell::new(),
     };
     let start = Instant::now();
@@ -215,7 +251,11 @@ fn main() -> ExitCode {
         }
         eprintln!("{name}: {:.0} s", begin.elapsed().as_secs_f64());
     }
-    table.print();
+    if bench.options.markdown {
+        table.print_markdown();
+    } else {
+        table.print();
+    }
     println!("{:.0} s in all", start.elapsed().as_secs_f64());
     if broken {
         ExitCode::FAILURE

@@ -19,7 +19,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
     let size = bench.options.scaled(1 << 30, 256 << 20);
     let model = Model::safetensors(dir, "shards", BLOBS, size);
     let server = bench.serve(&model, Place::Loopback);
-    let budget = BUDGET.to_string();
+    let budget = format!("{}MiB", BUDGET >> 20);
     let mut flags = vec![];
     if mount::knows("--memory") {
         flags = vec!["--memory", &budget];

@@ -7,11 +7,13 @@ pub(crate) struct Options {
     pub(crate) quick: bool,
     /// Times that each contestant has its turn.
     pub(crate) rounds: usize,
+    /// Print what the README shows.
+    pub(crate) markdown: bool,
     groups: Vec<String>,
 }
 
 const USAGE: &str =
-    "usage: cargo bench --bench read_path -- [--quick] [--rounds N] [[--only] GROUP]…";
+    "usage: cargo bench --bench read_path -- [--quick] [--rounds N] [--markdown] [[--only] GROUP]…";
 
 impl Options {
     /// Reads the arguments; `known` are the groups with what each is about.
@@ -31,13 +33,15 @@ impl Options {
                 groups.collect::<String>()
             )
         };
-        let (mut quick, mut rounds, mut groups) = (false, None, Vec::new());
-        let mut arguments = arguments.peekable();
+        let (mut quick, mut markdown) = (false, false);
+        let (mut rounds, mut groups) = (None, Vec::new());
+        let mut arguments = arguments;
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 // What cargo adds, and a flag that says what a group's name says alone.
                 "--bench" | "--only" => {}
                 "--quick" => quick = true,
+                "--markdown" => markdown = true,
                 "--rounds" => {
                     let count = arguments.next().and_then(|text| text.parse().ok());
                     rounds = Some(count.filter(|count| *count > 0).ok_or_else(help)?);
@@ -49,6 +53,7 @@ impl Options {
         Ok(Self {
             quick,
             rounds: rounds.unwrap_or(if quick { 1 } else { 5 }),
+            markdown,
             groups,
         })
     }

@@ -121,6 +121,16 @@ struct Row {
     figures: Vec<f64>,
 }
 
+impl Row {
+    /// Median, lowest and highest.
+    fn spread(&self) -> (f64, f64, f64) {
+        let figures = self.figures.iter().copied();
+        let low = figures.clone().fold(f64::INFINITY, f64::min);
+        let high = figures.fold(f64::NEG_INFINITY, f64::max);
+        (median(&self.figures), low, high)
+    }
+}
+
 /// All rows, in the order in which they first got a figure.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
@@ -170,6 +180,32 @@ impl Table {
         }
     }
 
+    /// Prints the rows that have a bar, for the README.
+    pub(crate) fn print_markdown(&self) {
+        println!("| | bytes from | median (min – max) | bar |\n|---|---|---|---|");
+        for unit in Unit::ALL {
+            let rows = self.rows.iter().filter(|row| row.unit == unit);
+            for row in rows.filter(|row| !row.bar.verdict(0.0).is_empty()) {
+                let unit = match unit {
+                    Unit::Ratio => String::new(),
+                    other => format!(", {}", other.title()),
+                };
+                let (middle, low, high) = row.spread();
+                let missed = match row.bar.verdict(middle) {
+                    "MISSED" => " **missed**",
+                    _ => "",
+                };
+                println!(
+                    "| {}{unit} | {} | {middle:.2} ({low:.2} – {high:.2}) | {}{missed} |",
+                    row.what, row.place, row.bar
+                );
+            }
+        }
+        for text in &self.left_out {
+            println!("\nLeft out: {text}");
+        }
+    }
+
     /// Prints everything, ratios first.
     pub(crate) fn print(&self) {
         for unit in Unit::ALL {
@@ -180,13 +216,7 @@ impl Table {
             let title = unit.title();
             println!("\n{title:<84}{:>8}  {:<18}bar", "median", "(min – max)");
             for row in rows {
-                let middle = median(&row.figures);
-                let low = row.figures.iter().copied().fold(f64::INFINITY, f64::min);
-                let high = row
-                    .figures
-                    .iter()
-                    .copied()
-                    .fold(f64::NEG_INFINITY, f64::max);
+                let (middle, low, high) = row.spread();
                 let line = format!(
                     "{:<10}{:<74}{middle:>8.2}  {:<18}{:<18}{}",
                     row.place,
