@@ -115,6 +115,10 @@ pub const SETTINGS: &[Setting] = &[
         "auth-file",
         "credential files, instead of docker's and podman's",
     ),
+    one(
+        "hosts-dir",
+        "directory with mirrors and certificates of registries, as containerd's certs.d",
+    ),
 ];
 
 impl Setting {
@@ -478,6 +482,7 @@ impl Settings {
                 auth_files: Some(
                     paths("auth-file").unwrap_or_else(|| default_auth_files(surroundings.variable)),
                 ),
+                hosts_dir: paths("hosts-dir").and_then(|dirs| dirs.into_iter().next()),
                 connect_timeout: values
                     .read("connect-timeout", positive)?
                     .unwrap_or(seconds(10)),

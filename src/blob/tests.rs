@@ -189,6 +189,7 @@ fn blobs(dir: &Path, limit: u64, config: BlobConfig) -> Blobs {
         plain_http: Vec::new(),
         ca_files: Vec::new(),
         auth_files: None,
+        hosts_dir: None,
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(5),
         http: HttpVersion::Auto,

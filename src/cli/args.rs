@@ -101,6 +101,10 @@ pub struct ReachArgs {
     /// Trust the certificate authorities in the PEM file FILE as well; repeatable.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub ca_file: Vec<String>,
+    /// Take mirrors, certificates and headers of registries from DIR/HOST/hosts.toml, as containerd does
+    /// (/etc/containerd/certs.d). [default: none]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub hosts_dir: Option<String>,
 }
 
 /// How to reach registries, and as whom.

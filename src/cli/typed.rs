@@ -21,6 +21,7 @@ impl ReachArgs {
     fn give(&self, values: &mut Values) {
         many(values, "plain-http", &self.plain_http);
         many(values, "ca-file", &self.ca_file);
+        one(values, "hosts-dir", &self.hosts_dir);
     }
 
     /// What was typed, by setting.

@@ -160,6 +160,7 @@ fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
         plain_http: Vec::new(),
         ca_files: Vec::new(),
         auth_files: None,
+        hosts_dir: None,
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(5),
         http: HttpVersion::Auto,

@@ -1,7 +1,6 @@
 //! Authorisation by challenge: which header a request carries, and when it is renewed.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -31,8 +30,10 @@ pub(super) enum Action {
 /// Where something is to be done.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place<'a> {
-    /// Scheme and address of the registry.
+    /// Where the server's repositories are.
     pub(super) root: &'a Url,
+    /// The name under which credentials for it are kept.
+    pub(super) name: &'a str,
     /// The repository there.
     pub(super) repository: &'a Repository,
     /// What is to be done in it.
@@ -88,7 +89,7 @@ pub(super) struct Known {
 /// All authorisations of this process.
 #[derive(Debug)]
 pub(super) struct Auth {
-    sources: Sources,
+    sources: Arc<Sources>,
     /// Refresh tokens that token servers gave in place of others (RFC 6749, section 6), by what they replace.
     rotated: Mutex<HashMap<Digest, Secret>>,
     entries: Mutex<HashMap<(Repository, Action), Arc<Entry>>>,
@@ -105,10 +106,10 @@ struct State {
 }
 
 impl Auth {
-    /// Credentials come from these files, in this order.
-    pub(super) fn new(files: Vec<PathBuf>) -> Self {
+    /// Nothing is known yet.
+    pub(super) fn new(sources: Arc<Sources>) -> Self {
         Self {
-            sources: Sources::new(files),
+            sources,
             rotated: Mutex::default(),
             entries: Mutex::default(),
         }
@@ -216,10 +217,7 @@ impl Auth {
             let Some(challenge) = state.challenge.clone() else {
                 return Ok(None);
             };
-            let found = self
-                .sources
-                .find(place.repository.host(), place.repository.path())
-                .await;
+            let found = self.sources.find(place.name, place.repository.path()).await;
             let from = found.credentials.as_ref().map(Credentials::fingerprint);
             let refused = used.grant.as_ref().and_then(|grant| grant.from);
             if from.is_none() || from == refused {
@@ -242,14 +240,14 @@ impl Auth {
         challenge: &Challenge,
     ) -> Result<Grant, RegistryError> {
         let repository = place.repository;
-        let host = repository.host();
+        let host = place.name;
         let Found {
             credentials,
             trouble,
         } = self.sources.find(host, repository.path()).await;
         let from = credentials.as_ref().map(Credentials::fingerprint);
         let grant = match challenge {
-            Challenge::Basic => basic_grant(repository, credentials, trouble.as_deref())?,
+            Challenge::Basic => basic_grant(repository, host, credentials, trouble.as_deref())?,
             Challenge::Bearer {
                 realm,
                 service,
@@ -304,7 +302,7 @@ impl Auth {
         let credentials = rotated.map(Credentials::Identity).or(credentials);
         let wants = Wants {
             root: place.root,
-            host: place.repository.host(),
+            host: place.name,
             what: &place.repository.to_string(),
         };
         let fetched = token::fetch(transport, wants, server, credentials).await;
@@ -355,10 +353,10 @@ pub(super) fn explained(error: RegistryError, trouble: Option<&str>) -> Registry
 
 fn basic_grant(
     repository: &Repository,
+    host: &str,
     credentials: Option<Credentials>,
     trouble: Option<&str>,
 ) -> Result<Grant, RegistryError> {
-    let host = repository.host();
     let reason = match credentials {
         Some(Credentials::Basic { username, password }) => {
             let header = basic(&username, password.expose());

@@ -1,26 +1,37 @@
-//! A request to a registry: authorised, retried, under one deadline.
+//! Requests to registries: by way of their mirrors, retried, under one deadline.
 
 use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use reqwest::header::{HeaderValue, WWW_AUTHENTICATE};
-use reqwest::{Method, Url};
+use reqwest::Method;
+use reqwest::header::HeaderValue;
 
-use super::auth::{self, Action, Auth, GrantForm, Known, Place};
-use super::challenge::{self, Challenge};
-use super::error::{bounded, chain};
-use super::range::KeptUrls;
+use super::auth::Action;
+use super::credentials::Sources;
+use super::error::chain;
+use super::mirrors::{Advice, Ways};
+use super::peer::Peer;
 use super::retry::{self, Decision};
-use super::transport::{Answer, Ask, Transport, drain};
 use super::{RegistryConfig, RegistryError, Repository};
 use crate::base::Deadline;
 
 /// What all clones of a [`super::Registry`] share.
 #[derive(Debug)]
 pub(super) struct Client {
-    pub(super) transport: Transport,
-    pub(super) auth: Auth,
-    pub(super) kept: KeptUrls,
+    /// Every registry itself, spoken to as its name says.
+    pub(super) origin: Arc<Peer>,
+    pub(super) ways: Ways,
     pub(super) config: RegistryConfig,
+}
+
+/// What a server must be good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Need {
+    /// Content by digest.
+    Pull,
+    /// What a tag points at.
+    Resolve,
 }
 
 /// A request below `/v2/<repository>/`.
@@ -39,12 +50,23 @@ pub(super) struct Call<'a> {
     pub(super) what: String,
 }
 
+/// The least time that a mirror gets.
+const LEAST_TIME: Duration = Duration::from_millis(100);
+
+impl Call<'_> {
+    /// Names what is asked for, whoever is asked.
+    pub(super) fn key(&self) -> String {
+        format!("{}/{}", self.repository.path(), self.path)
+    }
+}
+
 impl Client {
     pub(super) fn new(config: RegistryConfig) -> Result<Self, RegistryError> {
+        let sources = Sources::new(config.auth_files.clone().unwrap_or_default());
+        let ways = Ways::new(&config, Arc::new(sources))?;
         Ok(Self {
-            transport: Transport::new(&config)?,
-            auth: Auth::new(config.auth_files.clone().unwrap_or_default()),
-            kept: KeptUrls::default(),
+            origin: Arc::clone(ways.plain()),
+            ways,
             config,
         })
     }
@@ -88,148 +110,89 @@ impl Client {
         Err(out_of_time(last))
     }
 
-    /// One try of a call, with a new token if the registry wants one. Statuses other than 401 are the caller's.
-    pub(super) async fn call_once(&self, call: &Call<'_>) -> Result<Answer, RegistryError> {
-        let root = self.transport.root(call.repository.address()).await?;
-        let url = root
-            .join(&format!("/v2/{}/{}", call.repository.path(), call.path))
-            .map_err(|error| RegistryError::Protocol {
+    /// One round of tries: of each mirror that is good for it and has not failed a moment ago, in order, then of the registry itself, and
+    /// when that has trouble of the mirrors that were left out. What a mirror says is believed only when it delivers: whatever is wrong
+    /// with it, the next one is asked, and the registry's own answer is what counts in the end.
+    pub(super) async fn via<T, F: Future<Output = Result<T, RegistryError>>>(
+        &self,
+        call: &Call<'_>,
+        need: Need,
+        deadline: Deadline,
+        attempt: impl Fn(Arc<Peer>) -> F,
+    ) -> Result<T, RegistryError> {
+        let way = self.ways.to(call.repository).await?;
+        let key = call.key();
+        let (mut ready, mut resting) = (Vec::new(), Vec::new());
+        for mirror in way.mirrors.iter().filter(|mirror| mirror.is_good_for(need)) {
+            match mirror.health.advice(&key, Instant::now()) {
+                Advice::Ask => ready.push(mirror),
+                Advice::Rest => resting.push(mirror),
+                Advice::Skip => {}
+            }
+        }
+        for mirror in ready {
+            if let Some(value) = self
+                .try_mirror(mirror, call, &key, deadline, &attempt)
+                .await
+            {
+                return Ok(value);
+            }
+        }
+        let answer = attempt(Arc::clone(&way.server)).await;
+        if matches!(&answer, Err(error) if error.is_transient()) {
+            for mirror in resting {
+                if let Some(value) = self
+                    .try_mirror(mirror, call, &key, deadline, &attempt)
+                    .await
+                {
+                    return Ok(value);
+                }
+            }
+        }
+        answer
+    }
+
+    async fn try_mirror<T, F: Future<Output = Result<T, RegistryError>>>(
+        &self,
+        mirror: &Arc<Peer>,
+        call: &Call<'_>,
+        key: &str,
+        deadline: Deadline,
+        attempt: &impl Fn(Arc<Peer>) -> F,
+    ) -> Option<T> {
+        // A mirror that does not answer leaves enough time for the next one.
+        let after = (deadline.left() / 2).max(LEAST_TIME);
+        let error = match tokio::time::timeout(after, attempt(Arc::clone(mirror))).await {
+            Ok(Ok(value)) => return Some(value),
+            Ok(Err(error)) => error,
+            Err(_) => RegistryError::Timeout {
                 what: call.what.clone(),
-                reason: error.to_string(),
-            })?;
-        self.ask(call, &root, url).await
-    }
-
-    /// Like [`Self::call_once`], for an address of the registry that it told us itself.
-    pub(super) async fn ask(
-        &self,
-        call: &Call<'_>,
-        root: &Url,
-        url: Url,
-    ) -> Result<Answer, RegistryError> {
-        let place = Place {
-            root,
-            repository: call.repository,
-            action: call.action,
+                after,
+            },
         };
-        let known = self.auth.known(&self.transport, place).await?;
-        let answer = self.send(call, url.clone(), &known).await?;
-        if answer.response.status() == 403 && !answer.foreign {
-            // A password that has expired, perhaps, and was written anew.
-            return match self.auth.reread(&self.transport, place, &known).await? {
-                Some(known) => self.send(call, url, &known).await,
-                None => self.granted(call, answer, &known).await,
-            };
+        mirror.health.failed(key, &error, Instant::now());
+        let name = mirror.name(call.repository);
+        match error.is_not_found() {
+            true => tracing::debug!(
+                mirror = name,
+                what = call.what,
+                "the mirror does not have it"
+            ),
+            false => {
+                tracing::warn!(mirror = name, error = %chain(&error), "mirror left for the next server");
+            }
         }
-        if answer.response.status() != 401 || answer.foreign {
-            return Ok(answer);
-        }
-        let Some(challenge) = self.challenge(&answer, root, &call.what).await? else {
-            return Ok(answer);
-        };
-        drain(answer.response).await;
-        let known = self
-            .auth
-            .renew(&self.transport, place, challenge, &known)
-            .await?;
-        let answer = self.send(call, url, &known).await?;
-        let answer = self.granted(call, answer, &known).await?;
-        // That a login is wrong is the one thing that a second 401 tells for certain; a token may lack a right.
-        if answer.response.status() == 401
-            && !answer.foreign
-            && let Some(GrantForm::Basic(user, _)) = known.grant.as_ref().map(|grant| &grant.form)
-        {
-            let (host, user) = (call.repository.host(), bounded(user, 60));
-            return Err(RegistryError::Denied {
-                what: call.what.clone(),
-                status: 401,
-                reason: format!(
-                    "{host} does not accept the password that the credential file has for `{user}`; log in again with \
-                     `docker login {host}` or `podman login {host}`"
-                ),
-            });
-        }
-        Ok(answer)
+        None
     }
 
-    /// A refusal for want of credentials says why there were none.
-    async fn granted(
-        &self,
-        call: &Call<'_>,
-        answer: Answer,
-        known: &Known,
-    ) -> Result<Answer, RegistryError> {
-        let trouble = known
-            .grant
-            .as_ref()
-            .and_then(|grant| grant.trouble.as_deref());
-        if trouble.is_none() || !matches!(answer.response.status().as_u16(), 401 | 403) {
-            return Ok(answer);
-        }
-        Err(auth::explained(self.refusal(answer, call).await, trouble))
+    /// The server that is likely to send a blob, as far as is known without asking.
+    pub(super) fn likely(&self, repository: &Repository, path: &str) -> Arc<Peer> {
+        let way = self.ways.last(repository);
+        let key = format!("{}/{path}", repository.path());
+        let ready = way.mirrors.iter().find(|mirror| {
+            mirror.is_good_for(Need::Pull)
+                && mirror.health.advice(&key, Instant::now()) == Advice::Ask
+        });
+        Arc::clone(ready.unwrap_or(&way.server))
     }
-
-    async fn send(
-        &self,
-        call: &Call<'_>,
-        url: Url,
-        known: &Known,
-    ) -> Result<Answer, RegistryError> {
-        let ask = Ask {
-            method: call.method.clone(),
-            url,
-            accept: call.accept,
-            range: call.range.clone(),
-            authorization: known.grant.as_ref().map(|grant| grant.header.clone()),
-            form: None,
-            bulk: call.bulk,
-        };
-        self.transport.send(&ask, &call.what).await
-    }
-
-    /// The challenge of a 401; registries that send none with it are asked at `/v2/`, where they have to.
-    async fn challenge(
-        &self,
-        refused: &Answer,
-        root: &Url,
-        what: &str,
-    ) -> Result<Option<Challenge>, RegistryError> {
-        if let Some(challenge) = chosen(refused) {
-            return Ok(Some(challenge));
-        }
-        self.ping(root, what).await
-    }
-
-    /// The challenge that `/v2/` answers, if it answers one.
-    pub(super) async fn ping(
-        &self,
-        root: &Url,
-        what: &str,
-    ) -> Result<Option<Challenge>, RegistryError> {
-        let url = root.join("/v2/").map_err(|error| RegistryError::Protocol {
-            what: what.to_owned(),
-            reason: error.to_string(),
-        })?;
-        let answer = self
-            .transport
-            .send(&Ask::new(Method::GET, url), what)
-            .await?;
-        Ok(if answer.response.status() == 401 && !answer.foreign {
-            chosen(&answer)
-        } else {
-            None
-        })
-    }
-
-    /// The error of an answer that is no success.
-    pub(super) async fn refusal(&self, answer: Answer, call: &Call<'_>) -> RegistryError {
-        self.transport
-            .refusal(answer, &call.what, call.repository.host())
-            .await
-    }
-}
-
-fn chosen(answer: &Answer) -> Option<Challenge> {
-    let headers = answer.response.headers().get_all(WWW_AUTHENTICATE);
-    challenge::choose(headers.iter().filter_map(|value| value.to_str().ok()))
 }

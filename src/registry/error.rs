@@ -147,6 +147,24 @@ pub enum RegistryError {
         /// Why not.
         reason: String,
     },
+    /// A client certificate or its key that cannot be used.
+    #[error("{}: not usable as a client certificate: {reason}", .path.display())]
+    ClientCertificate {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// A file of mirrors (containerd's `hosts.toml`) that cannot be used.
+    #[error("{}:{line}: {reason}", .path.display())]
+    HostsFile {
+        /// The file.
+        path: PathBuf,
+        /// Counted from one; 0 for the file as a whole.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// The HTTP client could not be set up.
     #[error("the HTTP client could not be set up")]
     Setup {

@@ -8,7 +8,7 @@ use super::client::Client;
 use super::credentials::Credentials;
 use super::error::bounded;
 use super::token::{self, TokenServer, Wants};
-use super::transport::Ask;
+use super::transport::{Ask, Transport};
 use super::{RegistryError, Repository};
 use crate::base::{Deadline, Secret};
 
@@ -51,24 +51,24 @@ impl Client {
         };
         // A registry's address follows from its name as for any repository of it.
         let registry = Repository::new(host, "any").map_err(|error| protocol(error.to_string()))?;
-        let root = self.transport.root(registry.address()).await?;
-        let url = root
-            .join("/v2/")
-            .map_err(|error| protocol(error.to_string()))?;
+        let way = self.ways.to(&registry).await?;
+        let peer = &way.server;
+        let root = peer.root(&registry).await?;
+        let url = root.clone();
         let denied = |status: u16, reason: String| RegistryError::Denied {
             what: host.to_owned(),
             status,
             reason,
         };
-        let Some(challenge) = self.ping(&root, host).await? else {
-            let answer = self
+        let Some(challenge) = peer.ping(&root, host).await? else {
+            let answer = peer
                 .transport
                 .send(&Ask::new(Method::GET, url), host)
                 .await?;
             return match answer.response.status().as_u16() {
                 200..=299 => Ok(Accepted::Unasked),
                 404 => Err(protocol("there is no registry at this address".to_owned())),
-                _ => Err(self.transport.refusal(answer, host, host).await),
+                _ => Err(peer.transport.refusal(answer, host, host).await),
             };
         };
         let header = match (&challenge, credentials) {
@@ -98,7 +98,7 @@ impl Client {
                     scopes,
                 };
                 let token =
-                    token::fetch(&self.transport, wants, server, Some(credentials.clone())).await;
+                    token::fetch(&peer.transport, wants, server, Some(credentials.clone())).await;
                 let token = token.map_err(|error| match error {
                     RegistryError::Denied { status, .. } => denied(status, wrong(credentials)),
                     other => other,
@@ -108,30 +108,30 @@ impl Client {
         };
         let authorization = header_value(&header)
             .ok_or_else(|| protocol("this login cannot be in a header".to_owned()))?;
-        self.prove(host, url, authorization, credentials).await
+        prove(&peer.transport, host, url, authorization, credentials).await
     }
+}
 
-    async fn prove(
-        &self,
-        host: &str,
-        url: Url,
-        authorization: reqwest::header::HeaderValue,
-        credentials: &Credentials,
-    ) -> Result<Accepted, RegistryError> {
-        let ask = Ask {
-            authorization: Some(authorization),
-            ..Ask::new(Method::GET, url)
-        };
-        let answer = self.transport.send(&ask, host).await?;
-        match answer.response.status().as_u16() {
-            200..=299 => Ok(Accepted::Proved),
-            status @ (401 | 403) => Err(RegistryError::Denied {
-                what: host.to_owned(),
-                status,
-                reason: wrong(credentials),
-            }),
-            _ => Err(self.transport.refusal(answer, host, host).await),
-        }
+async fn prove(
+    transport: &Transport,
+    host: &str,
+    url: Url,
+    authorization: reqwest::header::HeaderValue,
+    credentials: &Credentials,
+) -> Result<Accepted, RegistryError> {
+    let ask = Ask {
+        authorization: Some(authorization),
+        ..Ask::new(Method::GET, url)
+    };
+    let answer = transport.send(&ask, host).await?;
+    match answer.response.status().as_u16() {
+        200..=299 => Ok(Accepted::Proved),
+        status @ (401 | 403) => Err(RegistryError::Denied {
+            what: host.to_owned(),
+            status,
+            reason: wrong(credentials),
+        }),
+        _ => Err(transport.refusal(answer, host, host).await),
     }
 }
 

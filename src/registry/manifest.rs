@@ -5,8 +5,9 @@ use reqwest::Method;
 use reqwest::header::CONTENT_TYPE;
 
 use super::auth::Action;
-use super::client::{Call, Client};
+use super::client::{Call, Client, Need};
 use super::error::bounded;
+use super::peer::Peer;
 use super::retry::UNTIL_DEADLINE;
 use super::transport::Answer;
 use super::{Reference, RegistryError, Repository, Tag};
@@ -69,26 +70,28 @@ impl Client {
             bulk: false,
             what: reference.to_string(),
         };
-        match self
-            .retry(&call.what, UNTIL_DEADLINE, deadline, || {
-                self.head_once(&call)
+        let head = &call;
+        let told = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+            self.via(head, Need::Resolve, deadline, |peer| async move {
+                peer.head_once(head).await
             })
-            .await?
-        {
+        });
+        match told.await? {
             Told::Digest(digest) => Ok(Resolved {
                 digest,
                 manifest: None,
             }),
             Told::Nothing => {
-                let call = Call {
+                let get = &Call {
                     method: Method::GET,
-                    ..call
+                    ..call.clone()
                 };
-                let manifest = self
-                    .retry(&call.what, UNTIL_DEADLINE, deadline, || {
-                        self.manifest_once(&call, None)
+                let manifest = self.retry(&get.what, UNTIL_DEADLINE, deadline, || {
+                    self.via(get, Need::Resolve, deadline, |peer| async move {
+                        peer.manifest_once(get, None).await
                     })
-                    .await?;
+                });
+                let manifest = manifest.await?;
                 Ok(Resolved {
                     digest: manifest.digest,
                     manifest: Some(manifest),
@@ -97,6 +100,34 @@ impl Client {
         }
     }
 
+    /// See [`super::Registry::manifest`].
+    pub(super) async fn manifest(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        deadline: Deadline,
+    ) -> Result<Manifest, RegistryError> {
+        let call = Call {
+            method: Method::GET,
+            repository,
+            action: Action::Pull,
+            path: format!("manifests/{digest}"),
+            accept: Some(ACCEPT),
+            range: None,
+            bulk: false,
+            what: format!("manifest {repository}@{digest}"),
+        };
+        let call = &call;
+        self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+            self.via(call, Need::Pull, deadline, |peer| async move {
+                peer.manifest_once(call, Some(*digest)).await
+            })
+        })
+        .await
+    }
+}
+
+impl Peer {
     async fn head_once(&self, call: &Call<'_>) -> Result<Told, RegistryError> {
         let answer = self.call_once(call).await?;
         let status = answer.response.status().as_u16();
@@ -118,29 +149,6 @@ impl Client {
             404 if by_registry => Err(self.refusal(answer, call).await),
             _ => Ok(Told::Nothing),
         }
-    }
-
-    /// See [`super::Registry::manifest`].
-    pub(super) async fn manifest(
-        &self,
-        repository: &Repository,
-        digest: &Digest,
-        deadline: Deadline,
-    ) -> Result<Manifest, RegistryError> {
-        let call = Call {
-            method: Method::GET,
-            repository,
-            action: Action::Pull,
-            path: format!("manifests/{digest}"),
-            accept: Some(ACCEPT),
-            range: None,
-            bulk: false,
-            what: format!("manifest {repository}@{digest}"),
-        };
-        self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
-            self.manifest_once(&call, Some(*digest))
-        })
-        .await
     }
 
     async fn manifest_once(

@@ -18,6 +18,7 @@ use crate::base::{ByteRange, Deadline, Digest, Secret};
 mod address;
 mod auth;
 mod authfile;
+mod certs_d;
 mod challenge;
 mod client;
 mod credentials;
@@ -29,6 +30,8 @@ mod login;
 mod hosts;
 mod lanes;
 mod manifest;
+mod mirrors;
+mod peer;
 mod pool;
 mod push;
 mod range;
@@ -63,6 +66,8 @@ pub struct RegistryConfig {
     pub ca_files: Vec<PathBuf>,
     /// Credential files in order of preference, see [`default_auth_files`]; `None`: no credentials.
     pub auth_files: Option<Vec<PathBuf>>,
+    /// containerd's registry directory (`/etc/containerd/certs.d`) with mirrors and certificates of registries; `None`: none.
+    pub hosts_dir: Option<PathBuf>,
     /// How long a TCP and TLS connection may take to come up.
     pub connect_timeout: Duration,
     /// How long a server may send nothing: before the response head, and between two pieces of a body.

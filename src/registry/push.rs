@@ -76,11 +76,11 @@ impl Client {
     }
 
     async fn exists_once(&self, call: &Call<'_>) -> Result<bool, RegistryError> {
-        let answer = self.call_once(call).await?;
+        let answer = self.origin.call_once(call).await?;
         match answer.response.status().as_u16() {
             200 => Ok(true),
             404 => Ok(false),
-            _ => Err(self.refusal(answer, call).await),
+            _ => Err(self.origin.refusal(answer, call).await),
         }
     }
 
@@ -143,7 +143,7 @@ impl Client {
         let stream = pieces(content, size, sent.clone(), progress);
         let digest = digest.to_string();
         let target = target(call.repository, "latest");
-        let stall_timeout = self.transport.stall_timeout();
+        let stall_timeout = self.origin.transport.stall_timeout();
         let result = tokio::select! {
             result = uploader.client.push_blob_stream(&target, stream, &digest, Some(size)) => result,
             () = stalled(&sent, size, stall_timeout) => {
@@ -219,10 +219,11 @@ impl Client {
         repository: &Repository,
         what: &str,
     ) -> Result<Uploader, RegistryError> {
-        let root = self.transport.root(repository.address()).await?;
+        let root = self.origin.root(repository).await?;
         let known = self
+            .origin
             .auth
-            .known(&self.transport, writing(&root, repository))
+            .known(&self.origin.transport, writing(&root, repository))
             .await?;
         let client = self
             .oci_client(&root, repository, known.grant.as_ref(), what)
@@ -255,11 +256,16 @@ impl Client {
         if renewed || !matches!(error, RegistryError::Denied { status: 401, .. }) {
             return Err(error);
         }
-        let challenge = self.ping(&root, what).await?.unwrap_or(Challenge::Basic);
+        let challenge = self
+            .origin
+            .ping(&root, what)
+            .await?
+            .unwrap_or(Challenge::Basic);
         let known = match self
+            .origin
             .auth
             .renew(
-                &self.transport,
+                &self.origin.transport,
                 writing(&root, repository),
                 challenge,
                 &known,
@@ -289,10 +295,15 @@ impl Client {
         grant: Option<&Grant>,
         what: &str,
     ) -> Result<oci_client::Client, RegistryError> {
-        let authorities = self.transport.authorities().iter().map(|der| Certificate {
-            encoding: CertificateEncoding::Der,
-            data: der.clone(),
-        });
+        let authorities = self
+            .origin
+            .transport
+            .authorities()
+            .iter()
+            .map(|der| Certificate {
+                encoding: CertificateEncoding::Der,
+                data: der.clone(),
+            });
         // Naming a proxy that is not for this host is how oci-client is told to use none.
         let no_proxy = is_loopback(host_of(repository.address()));
         let config = ClientConfig {
@@ -346,6 +357,7 @@ impl Client {
 fn writing<'a>(root: &'a Url, repository: &'a Repository) -> Place<'a> {
     Place {
         root,
+        name: repository.host(),
         repository,
         action: Action::Push,
     }

@@ -11,8 +11,10 @@ use reqwest::{Method, Response, Url};
 
 use super::address::{address_of, same_origin};
 use super::auth::Action;
-use super::client::{Call, Client};
+use super::client::{Call, Client, Need};
 use super::hosts::Host;
+use super::mirrors::Health;
+use super::peer::Peer;
 use super::retry::UNTIL_DEADLINE;
 use super::transport::{Answer, Ask, next_piece};
 use super::{RegistryError, Repository};
@@ -44,12 +46,26 @@ pub struct BodyStream {
     head: Duration,
     begun: Instant,
     received: u64,
+    /// The mirror that sends it, and what it is asked for.
+    mirror: Option<Box<(Arc<Health>, String)>>,
 }
 
 impl BodyStream {
     /// The next piece, `None` behind the last. A body that ends early, runs over or stalls is a transient error:
-    /// what came before is right, and the rest can be asked for.
+    /// what came before is right, and the rest can be asked for; a mirror that did it is left for the next server.
     pub async fn next(&mut self) -> Result<Option<Bytes>, RegistryError> {
+        let next = self.receive().await;
+        if let Some((mirror, key)) = self.mirror.as_deref() {
+            match &next {
+                Err(error) => mirror.failed(key, error, Instant::now()),
+                Ok(None) => mirror.worked(),
+                Ok(Some(_)) => {}
+            }
+        }
+        next
+    }
+
+    async fn receive(&mut self) -> Result<Option<Bytes>, RegistryError> {
         let cut = |what: &str, reason: String| RegistryError::Interrupted {
             what: what.to_owned(),
             reason,
@@ -231,10 +247,10 @@ impl fmt::Debug for KeptUrls {
 impl Client {
     /// The host that sends a blob, as far as is known.
     pub(super) fn host_of(&self, repository: &Repository, digest: &Digest) -> Arc<Host> {
-        let kept = self.kept.get(&(repository.clone(), *digest));
-        match kept {
-            Some(url) => self.transport.host(&address_of(&url)),
-            None => self.transport.host(repository.address()),
+        let peer = self.likely(repository, &format!("blobs/{digest}"));
+        match peer.kept.get(&(repository.clone(), *digest)) {
+            Some(url) => peer.transport.host(&address_of(&url)),
+            None => peer.transport.host(&peer.address(repository)),
         }
     }
 
@@ -264,13 +280,17 @@ impl Client {
             bulk: range.len() >= BULK,
             what,
         };
-        let key = (repository.clone(), *digest);
+        let (call, key) = (&call, &(repository.clone(), *digest));
         self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
-            self.blob_once(&call, &key, size, range)
+            self.via(call, Need::Pull, deadline, |peer| async move {
+                peer.blob_once(call, key, size, range).await
+            })
         })
         .await
     }
+}
 
+impl Peer {
     async fn blob_once(
         &self,
         call: &Call<'_>,
@@ -307,7 +327,7 @@ impl Client {
         size: u64,
         range: ByteRange,
     ) -> Result<Option<BlobBody>, RegistryError> {
-        let root = self.transport.root(call.repository.address()).await?;
+        let root = self.root(call.repository).await?;
         let answer = if same_origin(&root, url) {
             self.ask(call, &root, url.clone()).await?
         } else {
@@ -355,6 +375,7 @@ impl Client {
             stall_timeout: self.transport.stall_timeout(),
             what: call.what.clone(),
             ended: false,
+            mirror: self.watched().map(|mirror| Box::new((mirror, call.key()))),
         };
         Ok(match promise {
             Promise::Range(promised) => BlobBody::Range(stream(promised, range.len() - promised)),

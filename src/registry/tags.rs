@@ -6,6 +6,7 @@ use reqwest::header::LINK;
 use super::address::same_origin;
 use super::auth::Action;
 use super::client::{Call, Client};
+use super::peer::Peer;
 use super::retry::UNTIL_DEADLINE;
 use super::{RegistryError, Repository, Tag};
 use crate::base::Deadline;
@@ -35,11 +36,13 @@ impl Client {
             bulk: false,
             what: format!("tags of {repository}"),
         };
+        // Mirrors list what they have, which is less.
+        let server = &self.ways.to(repository).await?.server;
         let mut tags = Vec::new();
         for _ in 0..MOST_PAGES {
             let (page, next) = self
                 .retry(&call.what, UNTIL_DEADLINE, deadline, || {
-                    self.tags_once(&call)
+                    server.tags_once(&call)
                 })
                 .await?;
             tags.extend(page);
@@ -51,7 +54,9 @@ impl Client {
         }
         Ok(tags)
     }
+}
 
+impl Peer {
     async fn tags_once(
         &self,
         call: &Call<'_>,
@@ -65,8 +70,8 @@ impl Client {
         if answer.response.status() != 200 {
             return Err(self.refusal(answer, call).await);
         }
-        let root = self.transport.root(call.repository.address()).await?;
-        let base = format!("/v2/{}/", call.repository.path());
+        let root = self.root(call.repository).await?;
+        let base = format!("{}{}/", root.path(), call.repository.path());
         let link = answer
             .response
             .headers()

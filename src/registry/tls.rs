@@ -1,10 +1,14 @@
 //! Whom we trust: one TLS configuration for all connections.
 
+use std::path::Path;
 use std::sync::{Arc, Once};
 
-use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject as _};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
+use super::certs_d::Trust;
 use super::error::chain;
 use super::{RegistryConfig, RegistryError};
 
@@ -21,8 +25,12 @@ fn install_provider() -> Arc<rustls::crypto::CryptoProvider> {
     )
 }
 
-/// A client's TLS that trusts the system's authorities and these (DER). No protocol is named (ALPN).
-pub(super) fn client(authorities: &[Vec<u8>]) -> Result<ClientConfig, RegistryError> {
+/// A client's TLS that trusts the system's authorities and these (DER), and shows who we are where `trust` says so. No protocol is
+/// named (ALPN).
+pub(super) fn client(
+    authorities: &[Vec<u8>],
+    trust: &Trust,
+) -> Result<ClientConfig, RegistryError> {
     let setup = |error: rustls::Error| RegistryError::Setup {
         source: Arc::new(error),
     };
@@ -35,13 +43,18 @@ pub(super) fn client(authorities: &[Vec<u8>]) -> Result<ClientConfig, RegistryEr
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(setup)?;
+    if trust.skip_verify {
+        let config = builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Credulous(provider)));
+        return proven(config, trust);
+    }
     let of_system =
         rustls_platform_verifier::Verifier::new_with_extra_roots(ders(), Arc::clone(&provider));
     let config = match of_system {
         Ok(verifier) => builder
             .dangerous() // rustls's word for any verifier but its own; this one is webpki with the system's store
-            .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_no_client_auth(),
+            .with_custom_certificate_verifier(Arc::new(verifier)),
         Err(error) => {
             // A machine without any system certificates still reaches plain hosts and those of the given authorities.
             tracing::warn!(error = %chain(&error), "no certificates of the system can be used");
@@ -49,10 +62,84 @@ pub(super) fn client(authorities: &[Vec<u8>]) -> Result<ClientConfig, RegistryEr
             for der in ders() {
                 roots.add(der).map_err(setup)?;
             }
-            builder.with_root_certificates(roots).with_no_client_auth()
+            builder.with_root_certificates(roots)
         }
     };
-    Ok(config)
+    proven(config, trust)
+}
+
+/// With the first of the client certificates, if there is one.
+fn proven(
+    builder: rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>,
+    trust: &Trust,
+) -> Result<ClientConfig, RegistryError> {
+    let Some((certificate, key)) = trust.client.first() else {
+        return Ok(builder.with_no_client_auth());
+    };
+    if trust.client.len() > 1 {
+        tracing::warn!(used = %certificate.display(), "of several client certificates for a host the first is used");
+    }
+    let refuse = |path: &Path, reason: String| RegistryError::ClientCertificate {
+        path: path.to_owned(),
+        reason,
+    };
+    let read = |path: &Path| std::fs::read(path).map_err(|error| refuse(path, error.to_string()));
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&read(certificate)?)
+        .collect::<Result<_, _>>()
+        .map_err(|error| refuse(certificate, error.to_string()))?;
+    if chain.is_empty() {
+        return Err(refuse(certificate, "it has no PEM certificate".to_owned()));
+    }
+    let secret = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|_| {
+        refuse(
+            key,
+            "it has no PEM private key without a password".to_owned(),
+        )
+    })?;
+    builder
+        .with_client_auth_cert(chain, secret)
+        .map_err(|error| refuse(key, error.to_string()))
+}
+
+/// Takes any certificate, for `skip_verify`. That the server has its key is still proved.
+#[derive(Debug)]
+struct Credulous(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Credulous {
+    fn verify_server_cert(
+        &self,
+        _certificate: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// The same with the protocols that are offered to servers (ALPN), best first. Sessions are resumed across all of them.

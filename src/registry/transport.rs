@@ -14,6 +14,7 @@ use reqwest::{Method, Response, Url};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::address::{PlainHosts, address_of, host_of, is_loopback, same_origin, shown};
+use super::certs_d::Trust;
 use super::dial::Dialer;
 use super::error::chain;
 use super::hosts::{Host, Hosts};
@@ -45,6 +46,8 @@ pub(super) struct Ask {
     pub(super) form: Option<Secret>,
     /// A large body comes back: it gets a connection of its own.
     pub(super) bulk: bool,
+    /// Further headers, for the origin of `url` only as well.
+    pub(super) headers: HeaderMap,
 }
 
 impl Ask {
@@ -58,6 +61,7 @@ impl Ask {
             authorization: None,
             form: None,
             bulk: false,
+            headers: HeaderMap::new(),
         }
     }
 }
@@ -107,12 +111,12 @@ pub(super) struct Transport {
 
 impl Transport {
     /// Reads the CA files and prepares TLS.
-    pub(super) fn new(config: &RegistryConfig) -> Result<Self, RegistryError> {
+    pub(super) fn new(config: &RegistryConfig, trust: &Trust) -> Result<Self, RegistryError> {
         let setup = |error: reqwest::Error| RegistryError::Setup {
             source: Arc::new(error),
         };
         let authorities = tls::read_authorities(config)?;
-        let trust = tls::client(&authorities)?;
+        let trust = tls::client(&authorities, trust)?;
         let http1 = config.http == HttpVersion::Http1;
         let build = |near: bool, http1: bool| {
             let mut headers = HeaderMap::new();
@@ -354,7 +358,10 @@ impl Transport {
         if !ask.bulk || ask.method != Method::GET || self.proxied(url, near) {
             return None;
         }
-        let mut headers = HeaderMap::new();
+        let mut headers = match home {
+            true => ask.headers.clone(),
+            false => HeaderMap::new(),
+        };
         headers.insert(reqwest::header::USER_AGENT, HeaderValue::from_static(NAME));
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         if let Some(range) = &ask.range {
@@ -396,6 +403,9 @@ impl Transport {
             &self.far_client
         };
         let mut request = client.request(ask.method.clone(), url.clone());
+        if home {
+            request = request.headers(ask.headers.clone());
+        }
         if let Some(accept) = ask.accept {
             request = request.header(ACCEPT, accept);
         }

@@ -346,6 +346,7 @@ pub(super) fn config() -> RegistryConfig {
         plain_http: Vec::new(),
         ca_files: Vec::new(),
         auth_files: None,
+        hosts_dir: None,
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(8),
         http: HttpVersion::Auto,

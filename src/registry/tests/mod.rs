@@ -3,5 +3,6 @@
 mod auth;
 mod blob;
 mod manifest;
+mod mirrors;
 mod pool;
 mod push;

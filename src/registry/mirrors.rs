@@ -1,0 +1,272 @@
+//! Which servers are asked for a registry's content: its mirrors in order, those that fail left alone for a while, then itself.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::certs_d::{self, Registered, Trust, Unusable};
+use super::credentials::Sources;
+use super::peer::Peer;
+use super::transport::Transport;
+use super::{RegistryConfig, RegistryError, Repository};
+use crate::base::lock;
+
+/// How long what a directory says is believed before its files are looked at again.
+const FRESH: Duration = Duration::from_secs(5);
+/// The first time that a mirror is left alone after it failed; each further one doubles.
+const FIRST_REST: Duration = Duration::from_secs(1);
+/// The longest.
+const LONGEST_REST: Duration = Duration::from_secs(60);
+/// How long a mirror is not asked again for what it did not have: every part of a blob would ask it first.
+const MISSING: Duration = Duration::from_secs(60);
+/// Most missing things that are remembered of a mirror.
+const MOST_MISSING: usize = 4096;
+
+/// The servers of one registry.
+#[derive(Debug)]
+pub(super) struct Way {
+    /// In the order in which they are asked.
+    pub(super) mirrors: Vec<Arc<Peer>>,
+    /// The registry itself.
+    pub(super) server: Arc<Peer>,
+}
+
+/// The ways to all registries.
+#[derive(Debug)]
+pub(super) struct Ways {
+    dir: Option<PathBuf>,
+    config: RegistryConfig,
+    sources: Arc<Sources>,
+    /// To registries of which nothing is said.
+    plain: Arc<Way>,
+    known: Mutex<HashMap<String, Known>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    read: Option<Registered>,
+    way: Arc<Way>,
+    checked: Instant,
+}
+
+impl Ways {
+    /// Without a directory every registry is asked itself.
+    pub(super) fn new(
+        config: &RegistryConfig,
+        sources: Arc<Sources>,
+    ) -> Result<Self, RegistryError> {
+        let transport = Arc::new(Transport::new(config, &Trust::default())?);
+        let server = Arc::new(Peer::registry(transport, Arc::clone(&sources)));
+        Ok(Self {
+            dir: config.hosts_dir.clone(),
+            config: config.clone(),
+            sources,
+            plain: Arc::new(Way {
+                mirrors: Vec::new(),
+                server,
+            }),
+            known: Mutex::default(),
+        })
+    }
+
+    /// A registry of which nothing is said.
+    pub(super) fn plain(&self) -> &Arc<Peer> {
+        &self.plain.server
+    }
+
+    /// The way to a repository's registry. Files that changed count from now on; what did not change keeps its connections.
+    pub(super) async fn to(&self, repository: &Repository) -> Result<Arc<Way>, RegistryError> {
+        let Some(dir) = self.dir.clone() else {
+            return Ok(Arc::clone(&self.plain));
+        };
+        let registry = repository.host().to_owned();
+        if let Some(known) = lock(&self.known).get(&registry)
+            && known.checked.elapsed() < FRESH
+        {
+            return Ok(Arc::clone(&known.way));
+        }
+        let read = {
+            let registry = registry.clone();
+            tokio::task::spawn_blocking(move || certs_d::read(&dir, &registry)).await
+        };
+        let read = read
+            .map_err(|error| RegistryError::Protocol {
+                what: registry.clone(),
+                reason: error.to_string(),
+            })?
+            .map_err(unusable)?;
+        let checked = Instant::now();
+        if let Some(known) = lock(&self.known).get_mut(&registry)
+            && known.read == read
+        {
+            known.checked = checked;
+            return Ok(Arc::clone(&known.way));
+        }
+        let way = match &read {
+            Some(read) => Arc::new(self.make(read)?),
+            None => Arc::clone(&self.plain),
+        };
+        let known = Known {
+            read,
+            way: Arc::clone(&way),
+            checked,
+        };
+        lock(&self.known).insert(registry, known);
+        Ok(way)
+    }
+
+    /// The way that was found last, without a look at any file.
+    pub(super) fn last(&self, repository: &Repository) -> Arc<Way> {
+        lock(&self.known)
+            .get(repository.host())
+            .map_or_else(|| Arc::clone(&self.plain), |known| Arc::clone(&known.way))
+    }
+
+    fn make(&self, read: &Registered) -> Result<Way, RegistryError> {
+        let peer = |endpoint: &certs_d::Endpoint, is_mirror: bool| {
+            let mut config = self.config.clone();
+            config
+                .ca_files
+                .extend(endpoint.trust.ca_files.iter().cloned());
+            if let Some(time) = endpoint.trust.dial_timeout {
+                config.connect_timeout = time;
+            }
+            if let Some(base) = &endpoint.base
+                && base.scheme() == "http"
+            {
+                // Who writes it into such a file has asked for it.
+                config.plain_http.push(super::address::address_of(base));
+            }
+            let transport = Arc::new(Transport::new(&config, &endpoint.trust)?);
+            let sources = Arc::clone(&self.sources);
+            Ok::<_, RegistryError>(Arc::new(Peer::endpoint(
+                transport, sources, endpoint, is_mirror,
+            )))
+        };
+        let mirrors = read.mirrors.iter().map(|mirror| peer(mirror, true));
+        Ok(Way {
+            mirrors: mirrors.collect::<Result<_, _>>()?,
+            server: peer(&read.server, false)?,
+        })
+    }
+}
+
+fn unusable(unusable: Unusable) -> RegistryError {
+    RegistryError::HostsFile {
+        path: unusable.path,
+        line: unusable.line,
+        reason: unusable.reason,
+    }
+}
+
+/// How a mirror has done lately.
+#[derive(Debug, Default)]
+pub(super) struct Health(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    failures: u32,
+    rest_until: Option<Instant>,
+    missing: HashMap<String, Instant>,
+}
+
+/// Whether a mirror is to be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Advice {
+    /// Yes.
+    Ask,
+    /// Only when the registry itself fails: it failed a moment ago.
+    Rest,
+    /// No: it said that it does not have this.
+    Skip,
+}
+
+impl Health {
+    /// Whether to ask for `key`.
+    pub(super) fn advice(&self, key: &str, now: Instant) -> Advice {
+        let state = lock(&self.0);
+        if state.missing.get(key).is_some_and(|until| *until > now) {
+            Advice::Skip
+        } else if state.rest_until.is_some_and(|until| until > now) {
+            Advice::Rest
+        } else {
+            Advice::Ask
+        }
+    }
+
+    /// It delivered to the end.
+    pub(super) fn worked(&self) {
+        let mut state = lock(&self.0);
+        state.failures = 0;
+        state.rest_until = None;
+    }
+
+    /// It did not deliver `key`. Trouble is trouble for everything; a refusal is one of this alone.
+    pub(super) fn failed(&self, key: &str, error: &RegistryError, now: Instant) {
+        let mut state = lock(&self.0);
+        let trouble = error.is_transient() || matches!(error, RegistryError::Tls { .. });
+        if !trouble {
+            if state.missing.len() >= MOST_MISSING {
+                state.missing.retain(|_, until| *until > now);
+            }
+            if state.missing.len() < MOST_MISSING {
+                state.missing.insert(key.to_owned(), now + MISSING);
+            }
+            return;
+        }
+        let own = FIRST_REST.saturating_mul(1 << state.failures.min(10));
+        let asked = error.retry_after().unwrap_or_default();
+        // Of requests that fail together, the first counts.
+        if state.rest_until.is_none_or(|until| until <= now) {
+            state.failures += 1;
+            state.rest_until = Some(now + own.max(asked).min(LONGEST_REST));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(status: u16, retry_after: Option<u64>) -> RegistryError {
+        RegistryError::from_status("x", "h", status, retry_after.map(Duration::from_secs), b"")
+    }
+
+    #[test]
+    fn trouble_rests_a_mirror_ever_longer_and_a_miss_concerns_one_thing() {
+        let health = Health::default();
+        let start = Instant::now();
+        let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
+        assert_eq!(health.advice("a", at(0.0)), Advice::Ask);
+        health.failed("a", &status(503, None), at(0.0));
+        health.failed("b", &status(503, None), at(0.1));
+        assert_eq!(health.advice("b", at(0.9)), Advice::Rest);
+        assert_eq!(
+            health.advice("b", at(1.1)),
+            Advice::Ask,
+            "both were one failure"
+        );
+        health.failed("a", &status(500, None), at(1.1));
+        assert_eq!(health.advice("a", at(3.0)), Advice::Rest);
+        assert_eq!(health.advice("a", at(3.2)), Advice::Ask);
+        health.worked();
+        health.failed("a", &status(429, Some(20)), at(4.0));
+        assert_eq!(health.advice("a", at(23.9)), Advice::Rest);
+        assert_eq!(health.advice("a", at(24.1)), Advice::Ask);
+        for n in 0..20 {
+            health.failed("a", &status(502, None), at(1000.0 * f64::from(n)));
+        }
+        assert_eq!(health.advice("a", at(19_059.0)), Advice::Rest);
+        assert_eq!(health.advice("a", at(19_061.0)), Advice::Ask);
+        health.worked();
+
+        let at = |seconds: f64| at(20_000.0 + seconds);
+        health.failed("a", &status(404, None), at(0.0));
+        health.failed("c", &status(403, None), at(0.0));
+        assert_eq!(health.advice("a", at(1.0)), Advice::Skip);
+        assert_eq!(health.advice("b", at(1.0)), Advice::Ask);
+        assert_eq!(health.advice("c", at(1.0)), Advice::Skip);
+        assert_eq!(health.advice("a", at(61.0)), Advice::Ask);
+    }
+}
