@@ -1,6 +1,5 @@
 //! The machine: what it is, how it comes to rest, and what processes took of it.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
@@ -134,23 +133,18 @@ pub(crate) struct Watch {
 struct Seen {
     done: AtomicBool,
     anonymous: AtomicU64,
-    named_nanoseconds: AtomicU64,
 }
 
 impl Watch {
-    /// Watches `pid`, and the processor time of its threads called `name`.
-    pub(crate) fn start(pid: u32, name: &'static str) -> Self {
+    /// Watches the memory of `pid`.
+    pub(crate) fn start(pid: u32) -> Self {
         const EVERY: Duration = Duration::from_millis(10);
         let seen = Arc::new(Seen::default());
         let theirs = Arc::clone(&seen);
         let thread = std::thread::spawn(move || {
-            let mut threads = HashMap::new();
             while !theirs.done.load(Ordering::Relaxed) {
                 let anonymous = anonymous(pid).unwrap_or(0);
                 theirs.anonymous.fetch_max(anonymous, Ordering::Relaxed);
-                look_at_threads(pid, name, &mut threads);
-                let sum = threads.values().sum();
-                theirs.named_nanoseconds.store(sum, Ordering::Relaxed);
                 std::thread::sleep(EVERY);
             }
         });
@@ -163,12 +157,6 @@ impl Watch {
     /// The most anonymous memory that was resident at once, in bytes.
     pub(crate) fn peak_anonymous(&self) -> u64 {
         self.seen.anonymous.load(Ordering::Relaxed)
-    }
-
-    /// Processor seconds of the threads with the name, as far as they were seen: what a thread did after the last look at it
-    /// is missing.
-    pub(crate) fn named_processor(&self) -> f64 {
-        self.seen.named_nanoseconds.load(Ordering::Relaxed) as f64 / 1e9
     }
 }
 
@@ -189,25 +177,4 @@ fn anonymous(pid: u32) -> Option<u64> {
         .find_map(|line| line.strip_prefix("RssAnon:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)
-}
-
-/// Notes the nanoseconds on a processor (`schedstat`) of each thread with the name.
-fn look_at_threads(pid: u32, name: &str, threads: &mut HashMap<String, u64>) {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return;
-    };
-    for task in tasks.flatten() {
-        let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();
-        if read("comm").trim_end() != name {
-            continue;
-        }
-        let schedstat = read("schedstat");
-        let spent = schedstat
-            .split(' ')
-            .next()
-            .and_then(|text| text.parse().ok());
-        if let Some(spent) = spent {
-            threads.insert(task.file_name().to_string_lossy().into_owned(), spent);
-        }
-    }
 }

@@ -18,9 +18,6 @@ const START: Duration = Duration::from_secs(30);
 /// For a blob that was read to be verified.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// The name of the threads that hash.
-const HASHERS: &str = "ocifs-hash";
-
 /// A mount of a server, with a model that was looked up.
 #[derive(Debug)]
 pub(crate) struct Mount {
@@ -46,7 +43,7 @@ impl Mount {
             .stderr(File::create(dir.join("mount.log")).unwrap());
         let daemon = command.spawn().unwrap();
         let mut mount = Self {
-            watch: Watch::start(daemon.id(), HASHERS),
+            watch: Watch::start(daemon.id()),
             daemon,
             model: point.join(format!("{}/{}", server.address, model.reference())),
             point,
@@ -93,16 +90,15 @@ impl Mount {
         machine::processor(self.daemon.id())
     }
 
-    /// Processor seconds of the daemon so far that went into SHA-256: as it says itself, else by watching its threads.
+    /// Processor seconds of the daemon so far that went into SHA-256, as it says itself.
     pub(crate) fn hashing(&self) -> f64 {
-        let status = Command::new(env!("CARGO_BIN_EXE_ocifs"))
+        let status = run(Command::new(env!("CARGO_BIN_EXE_ocifs"))
             .args(["status", "--json"])
-            .arg(&self.point)
-            .output()
-            .unwrap();
-        let status: Value = serde_json::from_slice(&status.stdout).unwrap_or_default();
-        let told = status["mounts"][0]["hashSeconds"].as_f64();
-        told.unwrap_or_else(|| self.watch.named_processor())
+            .arg(&self.point));
+        let status: Value = serde_json::from_str(&status).unwrap();
+        status["mounts"][0]["hashing"]["cpuSeconds"]
+            .as_f64()
+            .unwrap()
     }
 
     /// The most anonymous memory that the daemon had resident at once, in bytes.
