@@ -22,7 +22,9 @@ mod tests;
 
 pub use nearest::nearest;
 pub use parse::duration;
-use parse::{cache_size, connections, http_version, positive, prefetch, split, strict, yes_or_no};
+use parse::{
+    cache_size, connections, http_version, memory, positive, prefetch, split, strict, yes_or_no,
+};
 
 /// What a setting's value looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +80,7 @@ pub const SETTINGS: &[Setting] = &[
         "prefetch",
         "what is fetched beside what is read: none, blob or model",
     ),
+    one("memory", "limit on the memory for bytes that are under way"),
     one("tag-ttl", "how long what a tag points at is believed"),
     one(
         "verify",
@@ -297,6 +300,8 @@ pub struct Settings {
     pub runtime_dir: PathBuf,
     /// The cache's limit in bytes; `None`: measure the file system when the cache is opened.
     pub cache_size: Option<u64>,
+    /// Memory for bytes under way; `None`: a share of what there is.
+    pub memory: Option<u64>,
     /// Whether other users may read the mount.
     pub allow_other: bool,
     /// For the registry client.
@@ -475,6 +480,7 @@ impl Settings {
             nonempty: values.read("nonempty", yes_or_no)?.unwrap_or(false),
             runtime_dir,
             cache_size: values.read("cache-size", cache_size)?,
+            memory: values.read("memory", memory)?,
             allow_other: values.read("allow-other", yes_or_no)?.unwrap_or(false),
             registry: RegistryConfig {
                 plain_http,
@@ -501,6 +507,7 @@ impl Settings {
                     .unwrap_or(seconds(300)),
                 offline: values.read("offline", yes_or_no)?.unwrap_or(false),
                 strict: values.read("verify", strict)?.unwrap_or(false),
+                ..BlobConfig::default()
             },
             model: ModelConfig {
                 tag_ttl: values

@@ -10,6 +10,7 @@ use tokio::task::block_in_place;
 use tokio::time::{sleep, timeout, timeout_at};
 
 use super::BlobError;
+use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
@@ -27,8 +28,12 @@ const YIELD: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// How far a stream whose bytes only pass through memory runs ahead of its readers.
-const AHEAD: u64 = 8 << 20;
+/// What a stream that only passes through memory keeps there. It runs ahead of its readers by half of it.
+const RING: u64 = 16 << 20;
+/// What a request takes while it runs: the HTTP client's buffer and what is gathered from it.
+const IN_FLIGHT: u64 = 768 << 10;
+/// A cache that had no room is asked again after this.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Such a stream is given up when its readers pause for so long.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -40,8 +45,17 @@ const LINGER: Duration = Duration::from_millis(10);
 
 /// Where the bytes of a request go.
 #[derive(Debug)]
-enum Sink {
-    Cache { writer: Writer, gathered: Gathered },
+struct Sink {
+    target: Target,
+    gathered: Gathered,
+    /// The memory that the request takes; given back before more is waited for.
+    room: Option<Reservation>,
+    end: u64,
+}
+
+#[derive(Debug)]
+enum Target {
+    Cache(Writer),
     Memory { at: u64 },
 }
 
@@ -175,7 +189,7 @@ impl LazyBlob {
         mut body: Option<BodyStream>,
         keep: bool,
     ) -> Result<Brought, BlobError> {
-        let mut sink = self.sink(flight, hold, range, keep)?;
+        let mut sink = self.sink(flight, hold, range, keep).await?;
         let mut pause = FIRST_PAUSE;
         let mut deadline = Deadline::after(self.shared.config.read_timeout);
         while sink.position() < range.end() {
@@ -199,9 +213,13 @@ impl LazyBlob {
                 pause = FIRST_PAUSE;
                 deadline = Deadline::after(self.shared.config.read_timeout);
             }
-            if matches!(failure, Ok(Poured::Idle)) {
-                tracing::debug!(digest = %self.digest, at = sink.position(), "nobody reads on; ending the stream");
-                return Ok(Brought::All);
+            match failure {
+                Ok(Poured::Idle) => {
+                    tracing::debug!(digest = %self.digest, at = sink.position(), "nobody reads on; ending the stream");
+                    return Ok(Brought::All);
+                }
+                Ok(Poured::NoRoom) => return Err(self.no_room()),
+                Ok(Poured::All) | Err(_) => {}
             }
             if let Err(error) = failure {
                 if !error.is_transient() || deadline.passed() {
@@ -250,29 +268,31 @@ impl LazyBlob {
         mut skip: u64,
     ) -> Result<Poured, RegistryError> {
         loop {
-            if flight.whole && matches!(sink, Sink::Memory { .. }) {
+            if flight.whole && matches!(sink.target, Target::Memory { .. }) {
                 flight.pass();
-                let wanted = flight.wanted(sink.position(), AHEAD);
+                if !self.write(flight, sink).await {
+                    return Ok(Poured::NoRoom);
+                }
+                let wanted = flight.wanted(sink.position(), self.ring() / 2);
                 if timeout(IDLE, wanted).await.is_err() {
                     return Ok(Poured::Idle);
                 }
             }
-            let next = match sink.lingering() {
+            let next = match sink.gathered.since {
                 None => body.next().await,
-                Some(until) => match timeout_at(until.into(), body.next()).await {
-                    Ok(next) => next,
-                    Err(_) => {
-                        self.write(flight, sink);
-                        continue;
+                Some(since) => {
+                    let until = since + LINGER;
+                    match timeout_at(until.into(), body.next()).await {
+                        Ok(next) => next,
+                        Err(_) if self.write(flight, sink).await => continue,
+                        Err(_) => return Ok(Poured::NoRoom),
                     }
-                },
+                }
             };
             let mut bytes = match next {
                 Ok(Some(bytes)) => bytes,
-                end => {
-                    self.write(flight, sink);
-                    return end.map(|_| Poured::All);
-                }
+                end if self.write(flight, sink).await => return end.map(|_| Poured::All),
+                _ => return Ok(Poured::NoRoom),
             };
             self.received
                 .fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -281,8 +301,52 @@ impl LazyBlob {
                 skip -= cut;
                 bytes = bytes.split_off(usize::try_from(cut).unwrap_or(usize::MAX));
             }
-            self.keep(flight, sink, bytes);
+            sink.gathered.push(bytes);
+            let due = sink.gathered.len >= GATHER || flight.is_awaited(sink.position());
+            if due && !self.write(flight, sink).await {
+                return Ok(Poured::NoRoom);
+            }
         }
+    }
+
+    /// Writes what was gathered to the cache, whole chunks of it, or hands it to memory; so, too, once the cache fails.
+    /// `false` when there is no memory for it either.
+    async fn write(&self, flight: &Flight, sink: &mut Sink) -> bool {
+        if let Target::Cache(writer) = &mut sink.target {
+            let start = writer.position();
+            let pieces = sink
+                .gathered
+                .take(writer.whole(start + sink.gathered.len) - start);
+            if pieces.is_empty() {
+                return true;
+            }
+            // A write may wait for the disk; the runtime's other tasks move away meanwhile.
+            let Err(error) = block_in_place(|| writer.push_pieces(&pieces)) else {
+                flight.advance(writer.whole(writer.position()));
+                return true;
+            };
+            tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
+            sink.gathered.put_back(pieces);
+            // The part of a chunk that was written before is not marked, so its readers ask for it again.
+            sink.target = Target::Memory { at: start };
+            sink.room = None;
+            let rest = ByteRange::new(start, sink.end);
+            let Some(room) = self.memory(flight, rest).await else {
+                return false;
+            };
+            sink.room = Some(room);
+        }
+        let Target::Memory { at } = &mut sink.target else {
+            return true;
+        };
+        if sink.gathered.len > 0 {
+            let bytes = sink.gathered.concat();
+            let start = *at;
+            *at += bytes.len() as u64;
+            self.remember(flight, start, bytes);
+            flight.advance(*at);
+        }
+        true
     }
 
     /// Keeps bytes in memory, those that readers of a passing stream have asked for.
@@ -293,89 +357,85 @@ impl LazyBlob {
         }
         let start = start.max(flight.from);
         if !bytes.is_empty() {
-            let source = if flight.whole { flight.from } else { u64::MAX };
-            lock(&self.state).overlay.push(source, start, bytes);
+            lock(&self.state).overlay.push(flight.id, start, bytes);
         }
     }
 
-    /// Takes bytes for the cache, or hands them to memory.
-    fn keep(&self, flight: &Flight, sink: &mut Sink, bytes: Bytes) {
-        if bytes.is_empty() {
-            return;
-        }
-        match sink {
-            Sink::Memory { at } => {
-                let start = *at;
-                *at += bytes.len() as u64;
-                self.remember(flight, start, bytes);
-                flight.advance(*at);
-            }
-            Sink::Cache { gathered, .. } => {
-                gathered.since.get_or_insert_with(Instant::now);
-                gathered.len += bytes.len() as u64;
-                gathered.pieces.push(bytes);
-                if gathered.len >= GATHER || flight.is_awaited(sink.position()) {
-                    self.write(flight, sink);
-                }
-            }
-        }
+    /// Bytes that a passing stream keeps in memory.
+    fn ring(&self) -> u64 {
+        RING.min(self.shared.budget.limit() / 4)
     }
 
-    /// Writes what was gathered to the cache, whole chunks of it, or hands it to memory once the cache fails.
-    fn write(&self, flight: &Flight, sink: &mut Sink) {
-        let Sink::Cache { writer, gathered } = sink else {
-            return;
+    /// Gets memory for the bytes of `range`, which is the overlay's from then on, and for bringing them.
+    async fn memory(&self, flight: &Flight, range: ByteRange) -> Option<Reservation> {
+        let kept = if flight.whole {
+            self.ring()
+        } else {
+            range.len()
         };
-        let start = writer.position();
-        let pieces = gathered.take(writer.whole(start + gathered.len) - start);
-        if pieces.is_empty() {
-            return;
-        }
-        // A write may wait for the disk; the runtime's other tasks move away meanwhile.
-        if let Err(error) = block_in_place(|| writer.push_pieces(&pieces)) {
-            tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
-            let mut at = start;
-            for piece in pieces.into_iter().chain(gathered.pieces.drain(..)) {
-                let len = piece.len() as u64;
-                self.remember(flight, at, piece);
-                at += len;
-            }
-            *sink = Sink::Memory { at };
-        }
-        flight.advance(sink.ready());
+        let bytes = kept + IN_FLIGHT.min(range.len());
+        let mut room = if flight.is_boosted() {
+            self.shared.room(bytes, Urgency::Demand).await
+        } else {
+            // Nobody waits for it yet; where memory is scarce it had better be asked for in small pieces.
+            self.shared.try_room(bytes, flight.urgency)?
+        };
+        let kept = room.split(kept);
+        lock(&self.state)
+            .overlay
+            .begin(flight.id, kept, flight.whole);
+        Some(room)
     }
 
-    fn sink(
+    async fn sink(
         &self,
         flight: &Flight,
         hold: &Hold,
         range: ByteRange,
         keep: bool,
     ) -> Result<Sink, BlobError> {
-        let memory = Sink::Memory { at: range.start() };
-        let Some(entry) = hold.entry().filter(|_| keep) else {
-            return if flight.urgency == Urgency::Demand {
-                Ok(memory)
-            } else {
-                Err(self.no_room())
-            };
+        let sink = |target, room| Sink {
+            target,
+            gathered: Gathered::default(),
+            room: Some(room),
+            end: range.end(),
         };
-        match block_in_place(|| entry.writer(range)) {
-            Ok(writer) => Ok(Sink::Cache {
-                writer,
-                gathered: Gathered::default(),
-            }),
-            // Nobody waits for what would only be dropped again.
-            Err(error) if flight.urgency != Urgency::Demand => {
-                tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not fetched ahead");
-                lock(&self.state).no_room = Some(Instant::now());
-                Err(self.no_room())
-            }
-            Err(error) => {
-                tracing::info!(digest = %self.digest, %range, error = %Chain(&error), "served without being kept");
-                Ok(memory)
+        let entry = hold.entry().filter(|_| keep && !self.had_no_room());
+        if let Some(entry) = entry {
+            let bytes = IN_FLIGHT.min(range.len());
+            let room = self.shared.room(bytes, flight.urgency_now()).await;
+            match block_in_place(|| entry.writer(range)) {
+                Ok(writer) => return Ok(sink(Target::Cache(writer), room)),
+                Err(error) => {
+                    tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not kept");
+                    let mut state = lock(&self.state);
+                    if !state.no_room.is_some_and(|at| at.elapsed() < LONGEST_PAUSE) {
+                        tracing::info!(digest = %self.digest, error = %Chain(&error), "served without being kept");
+                    }
+                    state.no_room = Some(Instant::now());
+                }
             }
         }
+        // What fills the cache is of no use in memory.
+        if flight.urgency == Urgency::Fill {
+            return Err(self.no_room());
+        }
+        match self.memory(flight, range).await {
+            Some(room) => {
+                let at = range.start();
+                Ok(sink(Target::Memory { at }, room))
+            }
+            None => {
+                lock(&self.state).prefetcher.cut(range.start());
+                Err(self.no_room())
+            }
+        }
+    }
+
+    /// Whether the cache had no room for the blob just now.
+    fn had_no_room(&self) -> bool {
+        let last = lock(&self.state).no_room;
+        last.is_some_and(|at| at.elapsed() < ASK_AGAIN_AFTER)
     }
 
     fn no_room(&self) -> BlobError {
@@ -457,6 +517,8 @@ enum Poured {
     All,
     /// Nobody wanted more of it.
     Idle,
+    /// The cache failed, and there is no memory.
+    NoRoom,
 }
 
 enum Brought {
@@ -468,30 +530,36 @@ enum Brought {
 impl Sink {
     /// The offset of the next byte to come.
     fn position(&self) -> u64 {
-        match self {
-            Self::Cache { writer, gathered } => writer.position() + gathered.len,
-            Self::Memory { at } => *at,
-        }
-    }
-
-    /// Up to where readers find the bytes: whole chunks in the cache, every byte in memory.
-    fn ready(&self) -> u64 {
-        match self {
-            Self::Cache { writer, .. } => writer.whole(writer.position()),
-            Self::Memory { at } => *at,
-        }
-    }
-
-    /// When gathered bytes are to be written, whatever comes.
-    fn lingering(&self) -> Option<Instant> {
-        match self {
-            Self::Cache { gathered, .. } => gathered.since.map(|since| since + LINGER),
-            Self::Memory { .. } => None,
-        }
+        let at = match &self.target {
+            Target::Cache(writer) => writer.position(),
+            Target::Memory { at } => *at,
+        };
+        at + self.gathered.len
     }
 }
 
 impl Gathered {
+    fn push(&mut self, bytes: Bytes) {
+        if !bytes.is_empty() {
+            self.since.get_or_insert_with(Instant::now);
+            self.len += bytes.len() as u64;
+            self.pieces.push(bytes);
+        }
+    }
+
+    /// Puts what was taken before the rest again.
+    fn put_back(&mut self, mut taken: Vec<Bytes>) {
+        self.len += taken.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        taken.append(&mut self.pieces);
+        self.pieces = taken;
+    }
+
+    /// All of it in memory of its own: a small piece of the client's buffer would keep all of that.
+    fn concat(&mut self) -> Bytes {
+        let all = std::mem::take(self);
+        all.pieces.concat().into()
+    }
+
     /// The first `len` bytes of it. What is left begins to linger anew when the next piece comes.
     fn take(&mut self, len: u64) -> Vec<Bytes> {
         let mut taken = Vec::with_capacity(self.pieces.len());
@@ -528,9 +596,11 @@ impl Landing {
 
     /// First off the list, so that whoever wakes up does not find it there again.
     fn leave(&self) {
-        lock(&self.blob.state)
+        let mut state = lock(&self.blob.state);
+        state
             .flights
             .retain(|flight| !Arc::ptr_eq(flight, &self.flight));
+        state.overlay.end(self.flight.id);
     }
 }
 

@@ -36,6 +36,8 @@ const NOBODY: u64 = u64::MAX;
 /// One request under way: bytes of `range` arrive in order.
 #[derive(Debug)]
 pub(super) struct Flight {
+    /// No other has it.
+    pub(super) id: u64,
     pub(super) range: ByteRange,
     pub(super) urgency: Urgency,
     /// The server ignores ranges: this is the one stream that brings the whole blob.
@@ -64,7 +66,9 @@ impl Flight {
     }
 
     fn make(range: ByteRange, urgency: Urgency, whole: bool, from: u64) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Arc::new(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             range,
             urgency,
             whole,
@@ -89,9 +93,23 @@ impl Flight {
         }
     }
 
+    /// Whether a reader waits for it, or has.
+    pub(super) fn is_boosted(&self) -> bool {
+        self.boosted.load(Ordering::Acquire)
+    }
+
+    /// How urgent it is by now.
+    pub(super) fn urgency_now(&self) -> Urgency {
+        if self.is_boosted() {
+            Urgency::Demand
+        } else {
+            self.urgency
+        }
+    }
+
     /// Returns once a reader waits for it.
     pub(super) async fn boosted(&self) {
-        if !self.boosted.load(Ordering::Acquire) {
+        if !self.is_boosted() {
             self.boost.notified().await;
         }
     }

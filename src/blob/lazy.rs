@@ -9,10 +9,12 @@ use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::watch;
 use tokio::time::timeout_at;
 
+use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
+use super::memory::Held;
 use super::overlay::Overlay;
 use super::plan;
-use super::prefetch::{Advice, Prefetcher};
+use super::prefetch::{Advice, LARGEST_WINDOW, Prefetcher};
 use super::verify::Hashing;
 use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
 use crate::base::{ByteRange, Deadline, Digest, lock};
@@ -21,7 +23,7 @@ use crate::registry::Repository;
 
 /// A cache that could not open the blob is asked again after this.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
-/// A cache that had no room is not filled ahead of readers for this long.
+/// A cache that had no room is not filled for this long; what is fetched ahead of readers goes to memory.
 const PREFETCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// What a closed blob has in the cache is believed for so long: only another process can add to it.
 const COUNT_AGAIN_AFTER: Duration = Duration::from_secs(2);
@@ -73,7 +75,7 @@ pub(super) struct State {
     pub(super) no_ranges: bool,
     /// When the cache had no room for it last.
     pub(super) no_room: Option<Instant>,
-    prefetcher: Prefetcher,
+    pub(super) prefetcher: Prefetcher,
 }
 
 impl LazyBlob {
@@ -223,15 +225,18 @@ impl LazyBlob {
         self.try_take(range, Entry::share)
     }
 
-    fn try_take<T: From<Bytes>>(
+    fn try_take<T: Held>(
         self: &Arc<Self>,
         range: ByteRange,
         take: Take<T>,
     ) -> Option<Result<T, BlobError>> {
         let hold = self.hold();
+        // Without memory for the reply it has to wait.
+        let room = self.shared.try_room(range.len(), Urgency::Demand)?;
         let result = self
             .look(&hold, range, self.shared.config.strict, take)
             .transpose()?;
+        let result = result.map(|bytes| bytes.with_room(room));
         if result.is_ok() {
             self.shared.readers.note();
             self.note(range);
@@ -252,7 +257,7 @@ impl LazyBlob {
         self.take(range, Entry::share).await
     }
 
-    async fn take<T: From<Bytes>>(
+    async fn take<T: Held>(
         self: &Arc<Self>,
         range: ByteRange,
         take: Take<T>,
@@ -262,11 +267,12 @@ impl LazyBlob {
         }
         self.note(range);
         let deadline = Deadline::after(self.shared.config.read_timeout);
-        self.fetch_and_read(range, deadline, take).await
+        let (bytes, room) = self.fetch_and_read(range, deadline, take).await?;
+        Ok(bytes.with_room(room))
     }
 
     /// The bytes of `range` once the blob is whole and right, from the cache file that was hashed and nowhere else.
-    async fn read_strictly<T: From<Bytes>>(
+    async fn read_strictly<T: Held>(
         self: &Arc<Self>,
         range: ByteRange,
         take: Take<T>,
@@ -274,8 +280,9 @@ impl LazyBlob {
         let hold = self.hold();
         for _ in 0..ROUNDS {
             self.complete().await?;
+            let room = self.shared.room(range.len(), Urgency::Demand).await;
             if let Some(bytes) = self.look(&hold, range, true, take)? {
-                return Ok(bytes);
+                return Ok(bytes.with_room(room));
             }
         }
         Err(BlobError::NoRoom {
@@ -290,21 +297,30 @@ impl LazyBlob {
         range: ByteRange,
         deadline: Deadline,
     ) -> Result<Bytes, BlobError> {
-        self.fetch_and_read(range, deadline, Entry::read).await
+        // Whoever looks at headers keeps what it saw while it looks at more, so the memory for it is not held.
+        let (bytes, _room) = self.fetch_and_read(range, deadline, Entry::read).await?;
+        Ok(bytes)
     }
 
-    async fn fetch_and_read<T: From<Bytes>>(
+    async fn fetch_and_read<T: Held>(
         self: &Arc<Self>,
         range: ByteRange,
         deadline: Deadline,
         take: Take<T>,
-    ) -> Result<T, BlobError> {
+    ) -> Result<(T, Reservation), BlobError> {
         let hold = self.hold();
         loop {
             self.ensure(&hold, range, Urgency::Demand, deadline).await?;
             // Nothing only when a cached chunk turned out damaged or memory ran over meanwhile: fetch again.
+            let room = self.shared.room(range.len(), Urgency::Demand);
+            let Ok(room) = timeout_at(deadline.instant().into(), room).await else {
+                return Err(BlobError::Deadline {
+                    digest: self.digest,
+                    range,
+                });
+            };
             if let Some(bytes) = self.look(&hold, range, false, take)? {
-                return Ok(bytes);
+                return Ok((bytes, room));
             }
             if deadline.passed() {
                 return Err(BlobError::Deadline {
@@ -354,7 +370,7 @@ impl LazyBlob {
     }
 
     /// What `range` holds, from cache and memory; `None` when some of it is not here.
-    fn look<T: From<Bytes>>(
+    fn look<T: Held>(
         &self,
         hold: &Hold,
         range: ByteRange,
@@ -383,7 +399,7 @@ impl LazyBlob {
                 Err(error) => self.distrust(entry, &error),
             }
         }
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
         if strict || state.overlay.is_empty() {
             return Ok(None);
         }
@@ -402,6 +418,7 @@ impl LazyBlob {
                 _ => return Ok(None),
             }
         }
+        state.overlay.note_read(range);
         Ok(Some(bytes.freeze().into()))
     }
 
@@ -588,15 +605,17 @@ impl LazyBlob {
         if *self.verified.borrow() != Verified::NotYet {
             return;
         }
-        let Advice { ahead, everything } = {
+        let (Advice { ahead, everything }, room) = {
             let mut state = lock(&self.state);
-            if state
-                .no_room
-                .is_some_and(|at| at.elapsed() < PREFETCH_AGAIN_AFTER)
-            {
-                return;
-            }
-            state.prefetcher.read(range, self.size)
+            let recently = |at: &Instant| at.elapsed() < PREFETCH_AGAIN_AFTER;
+            let room = !state.no_room.as_ref().is_some_and(recently);
+            let most = if room {
+                LARGEST_WINDOW
+            } else {
+                // The windows of several readers have to go into the memory that there is.
+                self.shared.budget.limit() / 16
+            };
+            (state.prefetcher.read(range, self.size, most), room)
         };
         if let Some(ahead) = ahead {
             let hold = self.hold();
@@ -605,7 +624,7 @@ impl LazyBlob {
                 self.launch(&gaps, Urgency::Window);
             }
         }
-        if everything && !self.filling.swap(true, Ordering::AcqRel) {
+        if everything && room && !self.filling.swap(true, Ordering::AcqRel) {
             let _ = self.shared.events.send(Event::Wanted(self.digest));
             let blob = Arc::clone(self);
             self.shared.runtime.spawn(async move {

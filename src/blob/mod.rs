@@ -13,10 +13,12 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, broadcast, watch};
 
+mod budget;
 mod fetch;
 mod flight;
 mod hashers;
 mod lazy;
+mod memory;
 mod overlay;
 mod plan;
 mod prefetch;
@@ -28,6 +30,7 @@ mod verify;
 pub use hashers::HashCost;
 pub use lazy::{Hold, LazyBlob};
 
+use budget::Budget;
 use hashers::Hashers;
 use readers::Readers;
 
@@ -64,6 +67,8 @@ pub struct BlobConfig {
     pub offline: bool,
     /// Serve nothing of a blob before all of it is here and has its digest.
     pub strict: bool,
+    /// Memory for everything under way, in bytes.
+    pub memory: u64,
 }
 
 impl Default for BlobConfig {
@@ -74,6 +79,7 @@ impl Default for BlobConfig {
             read_timeout: Duration::from_secs(300),
             offline: false,
             strict: false,
+            memory: 256 << 20,
         }
     }
 }
@@ -190,6 +196,7 @@ struct Shared {
     demands: Semaphore,
     /// How many readers wait, and how many requests for what readers want are under way.
     foreground: watch::Sender<usize>,
+    budget: Budget,
     readers: Arc<Readers>,
     hashers: Hashers,
     events: broadcast::Sender<Event>,
@@ -225,6 +232,7 @@ impl Blobs {
             shared: Arc::new(Shared {
                 cache,
                 registry,
+                budget: Budget::new(config.memory),
                 config,
                 runtime: Handle::current(),
                 table: Mutex::default(),
@@ -273,6 +281,11 @@ impl Blobs {
             .values()
             .filter_map(Weak::upgrade)
             .collect()
+    }
+
+    /// Bytes of [`BlobConfig::memory`] that are in use, and the most that ever were.
+    pub fn memory(&self) -> (u64, u64) {
+        self.shared.budget.used()
     }
 
     /// What hashing has cost since these blobs were joined.

@@ -16,7 +16,7 @@ const EARNEST: u64 = 512 << 10;
 /// The first window.
 const FIRST_WINDOW: u64 = 2 << 20;
 /// The largest window: twice what a few connections carry at a time.
-const LARGEST_WINDOW: u64 = 64 << 20;
+pub(super) const LARGEST_WINDOW: u64 = 64 << 20;
 /// A reader that read this much in order wants everything.
 const EVERYTHING: u64 = 16 << 20;
 
@@ -49,8 +49,8 @@ struct Stream {
 }
 
 impl Prefetcher {
-    /// Takes note of a read of `range` on a blob of `size` bytes.
-    pub(super) fn read(&mut self, range: ByteRange, size: u64) -> Advice {
+    /// Takes note of a read of `range` on a blob of `size` bytes, of which `most` may be fetched ahead of one reader.
+    pub(super) fn read(&mut self, range: ByteRange, size: u64, most: u64) -> Advice {
         self.clock += 1;
         let near = |stream: &Stream| {
             range.start() <= stream.next.saturating_add(SLACK)
@@ -82,13 +82,22 @@ impl Prefetcher {
                 everything,
             };
         }
-        stream.window = (stream.window * 2).clamp(FIRST_WINDOW, LARGEST_WINDOW);
+        stream.window = (stream.window * 2)
+            .clamp(FIRST_WINDOW, LARGEST_WINDOW)
+            .min(most);
         let from = stream.issued.max(range.start()).min(size);
         stream.issued = stream.next.saturating_add(stream.window).min(size);
         let ahead = ByteRange::new(from, stream.issued);
         Advice {
             ahead: Some(ahead).filter(|ahead| !ahead.is_empty()),
             everything,
+        }
+    }
+
+    /// What was to be fetched ahead from `at` on is not being fetched.
+    pub(super) fn cut(&mut self, at: u64) {
+        for stream in &mut self.streams {
+            stream.issued = stream.issued.min(at.max(stream.next));
         }
     }
 
@@ -120,7 +129,7 @@ mod tests {
     fn stream(prefetcher: &mut Prefetcher, start: u64, len: u64) -> (u64, bool) {
         let (mut end, mut everything) = (0, false);
         for at in (start..start + len).step_by(128 << 10) {
-            let advice = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE);
+            let advice = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE, LARGEST_WINDOW);
             if let Some(ahead) = advice.ahead {
                 assert!(
                     end == 0 || ahead.start() == end,
@@ -157,13 +166,13 @@ mod tests {
         for index in 0..1000u64 {
             let at = index * 7_919 % 1000 * MIB;
             assert_eq!(
-                prefetcher.read(ByteRange::at(at, 64 * KIB), SIZE),
+                prefetcher.read(ByteRange::at(at, 64 * KIB), SIZE, LARGEST_WINDOW),
                 Advice::default()
             );
         }
         for _ in 0..1000 {
             assert_eq!(
-                prefetcher.read(ByteRange::at(0, 64 * KIB), SIZE),
+                prefetcher.read(ByteRange::at(0, 64 * KIB), SIZE, LARGEST_WINDOW),
                 Advice::default(),
                 "the same header"
             );
@@ -180,7 +189,7 @@ mod tests {
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1);
             let at = (state >> 33) % (256 * MIB - 64 * KIB);
-            let advice = prefetcher.read(ByteRange::at(at, 64 * KIB), 256 * MIB);
+            let advice = prefetcher.read(ByteRange::at(at, 64 * KIB), 256 * MIB, LARGEST_WINDOW);
             asked += advice.ahead.map_or(0, |ahead| ahead.len());
         }
         assert_eq!(asked, 0);
@@ -193,7 +202,10 @@ mod tests {
         for step in 0..64 {
             for (reader, end) in ends.iter_mut().enumerate() {
                 let at = reader as u64 * 100 * MIB + step * 128 * KIB;
-                if let Some(ahead) = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE).ahead {
+                if let Some(ahead) = prefetcher
+                    .read(ByteRange::at(at, 128 * KIB), SIZE, LARGEST_WINDOW)
+                    .ahead
+                {
                     *end = ahead.end();
                 }
             }
@@ -210,7 +222,11 @@ mod tests {
         for pair in 0..40 {
             for at in [2 * pair + 1, 2 * pair] {
                 asked += prefetcher
-                    .read(ByteRange::at(at * 128 * KIB, 128 * KIB), SIZE)
+                    .read(
+                        ByteRange::at(at * 128 * KIB, 128 * KIB),
+                        SIZE,
+                        LARGEST_WINDOW,
+                    )
                     .ahead
                     .map_or(0, |a| a.len());
             }
@@ -227,7 +243,7 @@ mod tests {
         for at in (0..size).step_by(128 << 10) {
             let read = ByteRange::new(at, (at + 128 * KIB).min(size));
             end = prefetcher
-                .read(read, size)
+                .read(read, size, LARGEST_WINDOW)
                 .ahead
                 .map_or(end, |ahead| ahead.end());
         }

@@ -668,9 +668,13 @@ async fn what_memory_dropped_is_fetched_again_in_whole_chunks() {
     let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
     let hold = blob.hold();
     // What is left when a full cache had sent bytes through memory, and has room again.
-    lock(&blob.state)
-        .overlay
-        .push(0, 10_000, Bytes::copy_from_slice(&bytes[10_000..50_000]));
+    let room = blob.shared.try_room(40_000, flight::Urgency::Demand);
+    {
+        let overlay = &mut lock(&blob.state).overlay;
+        overlay.begin(u64::MAX, room.unwrap(), false);
+        let piece = Bytes::copy_from_slice(&bytes[10_000..50_000]);
+        overlay.push(u64::MAX, 10_000, piece);
+    }
     let range = ByteRange::new(0, 100_000);
     let read = tokio::time::timeout(Duration::from_secs(5), blob.read(range)).await;
     assert_eq!(read.unwrap().unwrap(), bytes[..100_000]);

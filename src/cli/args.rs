@@ -162,6 +162,10 @@ pub struct Mount {
     /// Believe for TIME (90s, 15m, 0) what a tag points at; it never moves below an open file. [default: 15m]
     #[arg(long, value_name = "TIME")]
     pub tag_ttl: Option<String>,
+    /// Let bytes that are under way take at most SIZE of memory; reads wait beyond that.
+    /// [default: an eighth of the machine's or the control group's, 32 MiB to 256 MiB]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
     /// Serve bytes as they come and check the blob when it is whole (early), or serve nothing of a blob before all of it is
     /// here and right (strict). [default: early]
     #[arg(long, value_name = "early|strict")]

@@ -7,7 +7,7 @@ use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
 use super::args::{Cli, Command, Global};
-use super::limit;
+use super::{limit, memory};
 use crate::base::Deadline;
 use crate::blob::{Blobs, Prefetch};
 use crate::cache::{Cache, CacheConfig};
@@ -82,7 +82,9 @@ pub(super) fn cache(settings: &Settings) -> Result<Cache> {
 /// The layers from the cache and the registries up to models. Must be called inside a runtime.
 pub(super) fn models(settings: &Settings) -> Result<(Models, Blobs)> {
     let registry = Registry::new(settings.registry.clone())?;
-    let blobs = Blobs::new(cache(settings)?, registry, settings.blob.clone());
+    let mut config = settings.blob.clone();
+    config.memory = settings.memory.unwrap_or_else(memory::default);
+    let blobs = Blobs::new(cache(settings)?, registry, config);
     Ok((Models::new(blobs.clone(), settings.model.clone()), blobs))
 }
 

@@ -13,6 +13,7 @@ mod interrupt;
 mod limit;
 mod login;
 mod ls;
+mod memory;
 mod mount;
 mod output;
 mod progress;
@@ -44,6 +45,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
         }
     };
+    memory::one_heap();
     context::log_to_stderr(&cli);
     match dispatch(&cli) {
         Ok(exit) => exit.into(),

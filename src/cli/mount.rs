@@ -264,12 +264,14 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, up: Dur
         json!({ "digest": blob.digest(), "size": blob.size(), "cached": blob.cached(), "verified": verified })
     });
     let hashing = blobs.hash_cost();
+    let (used, peak) = blobs.memory();
     json!({
         "pid": std::process::id(),
         "version": env!("CARGO_PKG_VERSION"),
         "upSeconds": up.as_secs(),
         "offline": blobs.config().offline,
         "passthrough": tree.has_passthrough(),
+        "memory": { "limit": blobs.config().memory, "used": used, "peak": peak },
         "hashing": { "bytes": hashing.bytes, "cpuSeconds": hashing.processor.as_secs_f64() },
         "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit },
         "models": shown,

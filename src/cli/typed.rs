@@ -64,6 +64,7 @@ impl Mount {
     /// When `-o` has an option that is not known.
     pub fn values(&self) -> Result<Values, ConfigError> {
         let mut values = self.reading.values();
+        one(&mut values, "memory", &self.memory);
         one(&mut values, "prefetch", &self.prefetch);
         one(&mut values, "tag-ttl", &self.tag_ttl);
         one(&mut values, "verify", &self.verify);

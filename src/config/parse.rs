@@ -25,12 +25,20 @@ pub(super) fn split(text: &str) -> Vec<String> {
 }
 
 pub(super) fn cache_size(text: &str) -> Result<u64, String> {
-    const LEAST: u64 = 64 << 20;
+    at_least(64 << 20, "for a cache", text)
+}
+
+/// One part of a blob and the buffers to bring it in.
+pub(super) fn memory(text: &str) -> Result<u64, String> {
+    at_least(16 << 20, "to work with", text)
+}
+
+fn at_least(least: u64, what: &str, text: &str) -> Result<u64, String> {
     let ByteSize(bytes) = text.parse()?;
-    if bytes < LEAST {
+    if bytes < least {
         return Err(format!(
-            "`{text}` is too small for a cache; give at least {}",
-            ByteSize(LEAST)
+            "`{text}` is too small {what}; give at least {}",
+            ByteSize(least)
         ));
     }
     Ok(bytes)

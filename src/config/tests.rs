@@ -216,6 +216,7 @@ fn a_mistake_is_reported_with_its_place_and_the_nearest_name() {
         ("_netdve", "did you mean `_netdev`?"),
         ("cache-size", "needs a value"),
         ("cache-size=1k", "at least 64.0 MiB"),
+        ("memory=1M", "at least 16.0 MiB"),
         ("prefetch=all", "not one of none, blob, model"),
         ("read-timeout=0", "longer than 0"),
         ("tag-ttl=15", "90s"),

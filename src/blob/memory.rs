@@ -1,0 +1,95 @@
+//! Getting memory out of the budget: at once, by taking back what is no longer needed, or by waiting.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::timeout;
+
+use super::Shared;
+use super::budget::Reservation;
+use super::flight::Urgency;
+use crate::base::lock;
+use crate::cache::Data;
+
+/// How often somebody who waits looks for bytes that have become stale.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// What a reader gets.
+pub(super) trait Held: From<Bytes> {
+    /// Keeps the reservation for as long as the memory that it is for; what lies in a file takes none.
+    fn with_room(self, room: Reservation) -> Self;
+}
+
+impl Held for Bytes {
+    fn with_room(self, room: Reservation) -> Self {
+        Self::from_owner(Roomed {
+            bytes: self,
+            _room: room,
+        })
+    }
+}
+
+impl Held for Data {
+    fn with_room(self, room: Reservation) -> Self {
+        match self {
+            Self::Owned(bytes) => Self::Owned(bytes.with_room(room)),
+            Self::Mapped(_) => self,
+        }
+    }
+}
+
+/// Bytes for a reply, with the memory that they take.
+struct Roomed {
+    bytes: Bytes,
+    _room: Reservation,
+}
+
+impl AsRef<[u8]> for Roomed {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Shared {
+    /// Memory for `bytes` bytes, if it is to be had now.
+    pub(super) fn try_room(&self, bytes: u64, urgency: Urgency) -> Option<Reservation> {
+        self.budget.try_reserve(bytes, urgency).or_else(|| {
+            self.take_back(bytes);
+            self.budget.try_reserve(bytes, urgency)
+        })
+    }
+
+    /// Memory for `bytes` bytes.
+    pub(super) async fn room(&self, bytes: u64, urgency: Urgency) -> Reservation {
+        if let Some(room) = self.try_room(bytes, urgency) {
+            return room;
+        }
+        let mut room = pin!(self.budget.reserve(bytes, urgency));
+        loop {
+            match timeout(LOOK_AGAIN, room.as_mut()).await {
+                Ok(room) => return room,
+                Err(_) => self.take_back(bytes),
+            }
+        }
+    }
+
+    /// Has all blobs give up bytes that they hold in memory and that are not needed.
+    fn take_back(&self, wanted: u64) {
+        let blobs: Vec<_> = lock(&self.table).values().cloned().collect();
+        let mut freed = 0;
+        for stale in [false, true] {
+            for blob in blobs.iter().filter_map(std::sync::Weak::upgrade) {
+                if freed >= wanted {
+                    return;
+                }
+                let overlay = &mut lock(&blob.state).overlay;
+                freed += if stale {
+                    overlay.drop_stale(wanted - freed)
+                } else {
+                    overlay.drop_read(wanted - freed)
+                };
+            }
+        }
+    }
+}
