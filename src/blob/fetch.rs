@@ -89,6 +89,9 @@ impl LazyBlob {
 
     async fn request(self: &Arc<Self>, flight: &Flight, hold: &Hold) -> Result<(), BlobError> {
         let _permit = self.permit(flight).await;
+        if flight.whole {
+            return self.stream(flight, hold, None).await;
+        }
         let claim = match self.claim(flight, hold).await {
             Claimed::Mine(claim) => Some(claim),
             Claimed::Others => None,
@@ -96,9 +99,6 @@ impl LazyBlob {
         };
         // Two processes that write the same chunk could write different bytes, one of them after the other has hashed.
         let keep = claim.is_some();
-        if flight.whole {
-            return self.stream(flight, hold, None, keep).await;
-        }
         // Another process may have brought some of it before the claim was ours.
         let gaps = self.missing(hold, flight.range);
         for gap in gaps {
@@ -158,7 +158,12 @@ impl LazyBlob {
         let mut seen = 0;
         let mut moved = Deadline::after(OTHERS_PATIENCE);
         loop {
-            match entry.claim(flight.range) {
+            let claim = if flight.whole {
+                entry.claim_all()
+            } else {
+                entry.claim(flight.range)
+            };
+            match claim {
                 Ok(Some(claim)) => return Claimed::Mine(Some(claim)),
                 // Sealed meanwhile: nothing is missing. Else the cache is broken, and fetching twice is the lesser evil.
                 Err(_) => return Claimed::Mine(None),
@@ -196,7 +201,12 @@ impl LazyBlob {
             let rest = ByteRange::new(sink.position(), range.end());
             let stream = match body.take() {
                 Some(body) => Ok(BlobBody::Range(body)),
-                None => self.ask(rest, deadline).await,
+                None => {
+                    let asked = Instant::now();
+                    let body = self.ask(rest, deadline).await;
+                    self.shared.link.answered(asked.elapsed());
+                    body
+                }
             };
             let before = sink.position();
             let failure = match stream {
@@ -296,6 +306,7 @@ impl LazyBlob {
             };
             self.received
                 .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            self.shared.link.came(bytes.len() as u64);
             if skip > 0 {
                 let cut = skip.min(bytes.len() as u64);
                 skip -= cut;
@@ -473,23 +484,32 @@ impl LazyBlob {
             let hold = landing.blob.hold();
             let result = landing
                 .blob
-                .stream(&landing.flight, &hold, Some(body), true)
+                .stream(&landing.flight, &hold, Some(body))
                 .await;
             landing.end(result);
         });
         Ok(())
     }
 
-    /// Brings the whole blob from its first byte.
+    /// Brings the whole blob from its first byte, unless another process does.
     async fn stream(
         &self,
         flight: &Flight,
         hold: &Hold,
         body: Option<BodyStream>,
-        keep: bool,
     ) -> Result<(), BlobError> {
+        let claim = if self.had_no_room() {
+            // Nobody else could see what only passes through memory.
+            None
+        } else {
+            match self.claim(flight, hold).await {
+                Claimed::Mine(claim) => Some(claim),
+                Claimed::Others => None,
+                Claimed::Done => return Ok(()),
+            }
+        };
         self.filling.store(true, Ordering::Release);
-        self.bring(flight, hold, flight.range, body, keep)
+        self.bring(flight, hold, flight.range, body, claim.is_some())
             .await
             .map(|_| ())
     }

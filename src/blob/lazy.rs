@@ -14,7 +14,7 @@ use super::flight::{Flight, Urgency};
 use super::memory::Held;
 use super::overlay::Overlay;
 use super::plan;
-use super::prefetch::{Advice, LARGEST_WINDOW, Prefetcher};
+use super::prefetch::{Advice, Prefetcher, Reach};
 use super::verify::Hashing;
 use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
 use crate::base::{ByteRange, Deadline, Digest, lock};
@@ -50,6 +50,8 @@ pub struct LazyBlob {
     pub(super) hashing: Hashing,
     /// All of it is wanted, so hashing what has arrived is not in vain.
     pub(super) filling: AtomicBool,
+    /// A sealed file of another length was looked into.
+    examined: AtomicBool,
     /// Bytes that the registry sent for it.
     pub(super) received: AtomicU64,
 }
@@ -90,6 +92,7 @@ impl LazyBlob {
             verified: watch::Sender::new(decided(digest, size)),
             hashing: Hashing::default(),
             filling: AtomicBool::new(false),
+            examined: AtomicBool::new(false),
             received: AtomicU64::new(0),
         })
     }
@@ -160,7 +163,7 @@ impl LazyBlob {
     /// Whether it is known to be right.
     pub fn verified(&self) -> Verified {
         let verified = *self.verified.borrow();
-        if verified == Verified::NotYet && self.shared.cache.is_sealed(&self.digest) {
+        if verified == Verified::NotYet && self.shared.cache.is_sealed_as(&self.digest, self.size) {
             return Verified::Yes;
         }
         verified
@@ -200,6 +203,11 @@ impl LazyBlob {
                 Err(error) => {
                     slot.failed = Some(Instant::now());
                     tracing::warn!(digest = %self.digest, error = %Chain(&error), "reading without the cache");
+                    if matches!(error, CacheError::WrongLength { .. })
+                        && !self.examined.swap(true, Ordering::AcqRel)
+                    {
+                        self.examine();
+                    }
                 }
             }
         }
@@ -212,6 +220,23 @@ impl LazyBlob {
             self.hash_soon();
         }
         hold
+    }
+
+    /// Finds out whether the sealed file or the descriptor is wrong, on a thread that may take its time. A wrong file goes,
+    /// and the blob begins anew; what a wrong descriptor says of a right file is no reason to lose it.
+    fn examine(self: &Arc<Self>) {
+        let blob = Arc::clone(self);
+        self.shared.runtime.spawn_blocking(move || {
+            match blob.shared.cache.discard_wrong(&blob.digest) {
+                Ok(true) => lock(&blob.slot).failed = None,
+                Ok(false) => {
+                    tracing::warn!(digest = %blob.digest, size = blob.size, "a descriptor has another size than the blob in the cache, whose digest is right");
+                }
+                Err(error) => {
+                    tracing::warn!(digest = %blob.digest, error = %Chain(&error), "a sealed file of the wrong length stays in the cache");
+                }
+            }
+        });
     }
 
     /// The bytes of `range` if all are here; neither waits nor fetches. May be called from any thread, and counts as a
@@ -302,7 +327,32 @@ impl LazyBlob {
         Ok(bytes)
     }
 
+    /// The bytes of `range` with memory for them; for what is too large to wait in memory all at once, of the last piece.
     async fn fetch_and_read<T: Held>(
+        self: &Arc<Self>,
+        range: ByteRange,
+        deadline: Deadline,
+        take: Take<T>,
+    ) -> Result<(T, Reservation), BlobError> {
+        let most = (self.shared.budget.limit() / 8).max(1);
+        if range.len() <= 2 * most {
+            return self.fetch_piece(range, deadline, take).await;
+        }
+        // Where the cache keeps nothing, the first bytes of such a read would be given up before the last have come.
+        let _hold = self.hold();
+        let mut all = BytesMut::new();
+        loop {
+            let at = range.start() + all.len() as u64;
+            let piece = ByteRange::at(at, most).intersect(range);
+            let (bytes, room) = self.fetch_piece(piece, deadline, Entry::read).await?;
+            all.extend_from_slice(&bytes);
+            if piece.end() == range.end() {
+                return Ok((all.freeze().into(), room));
+            }
+        }
+    }
+
+    async fn fetch_piece<T: Held>(
         self: &Arc<Self>,
         range: ByteRange,
         deadline: Deadline,
@@ -609,13 +659,13 @@ impl LazyBlob {
             let mut state = lock(&self.state);
             let recently = |at: &Instant| at.elapsed() < PREFETCH_AGAIN_AFTER;
             let room = !state.no_room.as_ref().is_some_and(recently);
-            let most = if room {
-                LARGEST_WINDOW
-            } else {
+            let (latency, rate) = self.shared.link.measured();
+            let mut reach = Reach::of(latency, rate);
+            if !room {
                 // The windows of several readers have to go into the memory that there is.
-                self.shared.budget.limit() / 16
-            };
-            (state.prefetcher.read(range, self.size, most), room)
+                reach = reach.at_most(self.shared.budget.limit() / 16);
+            }
+            (state.prefetcher.read(range, self.size, reach), room)
         };
         if let Some(ahead) = ahead {
             let hold = self.hold();

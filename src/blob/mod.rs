@@ -18,6 +18,7 @@ mod fetch;
 mod flight;
 mod hashers;
 mod lazy;
+mod link;
 mod memory;
 mod overlay;
 mod plan;
@@ -197,6 +198,7 @@ struct Shared {
     /// How many readers wait, and how many requests for what readers want are under way.
     foreground: watch::Sender<usize>,
     budget: Budget,
+    link: link::Link,
     readers: Arc<Readers>,
     hashers: Hashers,
     events: broadcast::Sender<Event>,
@@ -233,6 +235,7 @@ impl Blobs {
                 cache,
                 registry,
                 budget: Budget::new(config.memory),
+                link: link::Link::default(),
                 config,
                 runtime: Handle::current(),
                 table: Mutex::default(),

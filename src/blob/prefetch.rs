@@ -5,6 +5,8 @@
 //! near where an earlier one ended carries that stream on. Its window starts small and doubles each time the reader has used
 //! up half of it; a reader that jumps about (a header here, a tensor there) never gets one.
 
+use std::time::Duration;
+
 use crate::base::ByteRange;
 
 /// Streams that are told apart on one blob; the one that was idle the longest makes room for a new one.
@@ -13,10 +15,14 @@ const STREAMS: usize = 16;
 const SLACK: u64 = 512 << 10;
 /// A stream gets a window once this much was read in order: more than a safetensors header and the odd small tensor.
 const EARNEST: u64 = 512 << 10;
-/// The first window.
+/// The first window, where the link is short: more on one that takes long to answer and carries much meanwhile.
 const FIRST_WINDOW: u64 = 2 << 20;
-/// The largest window: twice what a few connections carry at a time.
-pub(super) const LARGEST_WINDOW: u64 = 64 << 20;
+/// No first window is larger, for a reader that shows up once may not come again.
+const LARGEST_FIRST: u64 = 16 << 20;
+/// The largest window, where the link is short: twice what a few connections carry at a time.
+const LARGEST_WINDOW: u64 = 64 << 20;
+/// No window is larger.
+const LONGEST_WINDOW: u64 = 512 << 20;
 /// A reader that read this much in order wants everything.
 const EVERYTHING: u64 = 16 << 20;
 
@@ -27,6 +33,36 @@ pub(super) struct Advice {
     pub(super) ahead: Option<ByteRange>,
     /// A reader has shown that it wants the whole blob.
     pub(super) everything: bool,
+}
+
+/// How far ahead of one reader to fetch, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reach {
+    /// The first window.
+    pub(super) first: u64,
+    /// The largest window.
+    pub(super) most: u64,
+}
+
+impl Reach {
+    /// For a link that answers after `latency` and carries `rate` bytes in a second: what it carries while it takes to
+    /// answer, a quarter of it at first, and eight times as much for a reader that goes on, so that a window that is
+    /// asked for when half of the last is used up comes before the other half is.
+    pub(super) fn of(latency: Duration, rate: u64) -> Self {
+        let flying = latency.as_secs_f64() * rate as f64;
+        Self {
+            first: ((flying / 4.0) as u64).clamp(FIRST_WINDOW, LARGEST_FIRST),
+            most: ((flying * 8.0) as u64).clamp(LARGEST_WINDOW, LONGEST_WINDOW),
+        }
+    }
+
+    /// The same with windows of at most `most` bytes.
+    pub(super) fn at_most(self, most: u64) -> Self {
+        Self {
+            first: self.first.min(most),
+            most: self.most.min(most),
+        }
+    }
 }
 
 /// The readers of one blob.
@@ -49,8 +85,8 @@ struct Stream {
 }
 
 impl Prefetcher {
-    /// Takes note of a read of `range` on a blob of `size` bytes, of which `most` may be fetched ahead of one reader.
-    pub(super) fn read(&mut self, range: ByteRange, size: u64, most: u64) -> Advice {
+    /// Takes note of a read of `range` on a blob of `size` bytes, and reaches so far ahead.
+    pub(super) fn read(&mut self, range: ByteRange, size: u64, reach: Reach) -> Advice {
         self.clock += 1;
         let near = |stream: &Stream| {
             range.start() <= stream.next.saturating_add(SLACK)
@@ -82,9 +118,7 @@ impl Prefetcher {
                 everything,
             };
         }
-        stream.window = (stream.window * 2)
-            .clamp(FIRST_WINDOW, LARGEST_WINDOW)
-            .min(most);
+        stream.window = (stream.window * 2).max(reach.first).min(reach.most);
         let from = stream.issued.max(range.start()).min(size);
         stream.issued = stream.next.saturating_add(stream.window).min(size);
         let ahead = ByteRange::new(from, stream.issued);
@@ -124,12 +158,60 @@ mod tests {
     const KIB: u64 = 1 << 10;
     const MIB: u64 = 1 << 20;
     const SIZE: u64 = 1 << 30;
+    /// A link of no length.
+    const SHORT: Reach = Reach {
+        first: FIRST_WINDOW,
+        most: LARGEST_WINDOW,
+    };
+
+    #[test]
+    fn a_long_link_gets_larger_windows_within_bounds() {
+        let millis = Duration::from_millis;
+        assert_eq!(Reach::of(millis(0), 0), SHORT);
+        assert_eq!(Reach::of(millis(1), 1_000_000_000), SHORT);
+        // 50 ms at 1 GB/s: 50 MB fly.
+        let long = Reach::of(millis(50), 1_000_000_000);
+        assert_eq!((long.first, long.most), (12_500_000, 400_000_000));
+        let longest = Reach::of(Duration::from_secs(10), u64::MAX);
+        assert_eq!((longest.first, longest.most), (16 << 20, 512 << 20));
+        assert_eq!(
+            long.at_most(MIB),
+            Reach {
+                first: MIB,
+                most: MIB
+            }
+        );
+        let mut prefetcher = Prefetcher::default();
+        let mut largest = 0;
+        for at in (0..SIZE).step_by(128 << 10) {
+            let read = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE, long);
+            largest = largest.max(read.ahead.map_or(0, |ahead| ahead.end() - at));
+        }
+        assert!((300 * MIB..=400 * MIB).contains(&largest), "{largest}");
+    }
+
+    #[test]
+    fn what_is_not_fetched_after_all_is_advised_again() {
+        let mut prefetcher = Prefetcher::default();
+        let mut ahead = None;
+        let mut at = 0;
+        while ahead.is_none() {
+            ahead = prefetcher
+                .read(ByteRange::at(at, 128 * KIB), SIZE, SHORT)
+                .ahead;
+            at += 128 * KIB;
+        }
+        let ahead = ahead.unwrap();
+        prefetcher.cut(ahead.start());
+        let again = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE, SHORT);
+        assert!(again.ahead.unwrap().start() <= at);
+    }
 
     /// Reads `len` bytes from `start` in steps as the kernel sends them; returns the end of what was asked for ahead.
     fn stream(prefetcher: &mut Prefetcher, start: u64, len: u64) -> (u64, bool) {
         let (mut end, mut everything) = (0, false);
         for at in (start..start + len).step_by(128 << 10) {
-            let advice = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE, LARGEST_WINDOW);
+            let advice = prefetcher.read(ByteRange::at(at, 128 * KIB), SIZE, SHORT);
             if let Some(ahead) = advice.ahead {
                 assert!(
                     end == 0 || ahead.start() == end,
@@ -166,13 +248,13 @@ mod tests {
         for index in 0..1000u64 {
             let at = index * 7_919 % 1000 * MIB;
             assert_eq!(
-                prefetcher.read(ByteRange::at(at, 64 * KIB), SIZE, LARGEST_WINDOW),
+                prefetcher.read(ByteRange::at(at, 64 * KIB), SIZE, SHORT),
                 Advice::default()
             );
         }
         for _ in 0..1000 {
             assert_eq!(
-                prefetcher.read(ByteRange::at(0, 64 * KIB), SIZE, LARGEST_WINDOW),
+                prefetcher.read(ByteRange::at(0, 64 * KIB), SIZE, SHORT),
                 Advice::default(),
                 "the same header"
             );
@@ -189,7 +271,7 @@ mod tests {
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1);
             let at = (state >> 33) % (256 * MIB - 64 * KIB);
-            let advice = prefetcher.read(ByteRange::at(at, 64 * KIB), 256 * MIB, LARGEST_WINDOW);
+            let advice = prefetcher.read(ByteRange::at(at, 64 * KIB), 256 * MIB, SHORT);
             asked += advice.ahead.map_or(0, |ahead| ahead.len());
         }
         assert_eq!(asked, 0);
@@ -203,7 +285,7 @@ mod tests {
             for (reader, end) in ends.iter_mut().enumerate() {
                 let at = reader as u64 * 100 * MIB + step * 128 * KIB;
                 if let Some(ahead) = prefetcher
-                    .read(ByteRange::at(at, 128 * KIB), SIZE, LARGEST_WINDOW)
+                    .read(ByteRange::at(at, 128 * KIB), SIZE, SHORT)
                     .ahead
                 {
                     *end = ahead.end();
@@ -222,11 +304,7 @@ mod tests {
         for pair in 0..40 {
             for at in [2 * pair + 1, 2 * pair] {
                 asked += prefetcher
-                    .read(
-                        ByteRange::at(at * 128 * KIB, 128 * KIB),
-                        SIZE,
-                        LARGEST_WINDOW,
-                    )
+                    .read(ByteRange::at(at * 128 * KIB, 128 * KIB), SIZE, SHORT)
                     .ahead
                     .map_or(0, |a| a.len());
             }
@@ -243,7 +321,7 @@ mod tests {
         for at in (0..size).step_by(128 << 10) {
             let read = ByteRange::new(at, (at + 128 * KIB).min(size));
             end = prefetcher
-                .read(read, size, LARGEST_WINDOW)
+                .read(read, size, SHORT)
                 .ahead
                 .map_or(end, |ahead| ahead.end());
         }

@@ -747,3 +747,134 @@ async fn hashing_ends_although_readers_never_pause_and_every_processor_computes(
     assert_eq!(cost.bytes, bytes.len() as u64, "each byte once");
     assert!(cost.processor > Duration::ZERO);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_process_streams_for_all_where_a_server_ignores_ranges() {
+    let bytes = content(24 * MIB);
+    let server = Server::start(bytes.clone(), Manner::NoRange).await;
+    let dir = tempfile::tempdir().unwrap();
+    let processes = [(); 3].map(|()| blobs(dir.path(), BIG, lazily()));
+    let open =
+        |blobs: &Blobs| blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let opened = processes.each_ref().map(open);
+    let readers = opened.clone().map(|blob| {
+        let bytes = bytes.clone();
+        tokio::spawn(async move {
+            for at in (0..bytes.len()).step_by(MIB) {
+                let range = ByteRange::at(at as u64, MIB as u64);
+                assert_eq!(blob.read(range).await.unwrap(), bytes[at..at + MIB]);
+            }
+        })
+    });
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    let received: u64 = opened.iter().map(|blob| blob.received()).sum();
+    assert_eq!(received, bytes.len() as u64, "each byte by one of them");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sealed_file_that_was_cut_off_is_removed_and_fetched_again() {
+    let bytes = content(3 * MIB + 5);
+    let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("blobs/sha256").join(digest.hex());
+    let whole = ByteRange::new(0, size);
+    {
+        let blobs = blobs(dir.path(), BIG, lazily());
+        let blob = blobs.open(digest, size, &server.repository());
+        blob.complete().await.unwrap();
+    }
+    // As a machine that lost power leaves it, on a file system that does not keep its promises.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(MIB as u64).unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(digest, size, &server.repository());
+    assert_eq!(blob.verified(), Verified::NotYet);
+    assert_eq!(blob.read(whole).await.unwrap(), bytes, "at once, past it");
+    let begun = std::time::Instant::now();
+    while let Err(error) = blob.complete().await {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
+    // A descriptor that lies of the size costs the right file nothing.
+    let liar = blobs.open(digest, size + 1, &server.repository());
+    let _ = tokio::time::timeout(Duration::from_secs(20), liar.read(ByteRange::new(0, 10))).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_cache_streams_in_parts_through_bounded_memory() {
+    let bytes = Arc::new(content(96 * MIB));
+    let server = Server::start(bytes.to_vec(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let memory = 48 * MIB as u64;
+    let config = BlobConfig {
+        prefetch: Prefetch::Model,
+        memory,
+        ..lazily()
+    };
+    let blobs = blobs(dir.path(), 4 * MIB as u64, config);
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    for at in (0..bytes.len()).step_by(128 << 10) {
+        let range = ByteRange::at(at as u64, 128 << 10);
+        let read = match blob.try_read(range) {
+            Some(read) => read,
+            None => blob.read(range).await,
+        };
+        assert_eq!(read.unwrap(), bytes[at..at + (128 << 10)]);
+    }
+    let (requests, sent) = (server.requests().len(), server.sent());
+    assert!(requests < 100, "{requests} requests for 768 reads");
+    assert!(sent <= bytes.len() * 11 / 10, "{sent}");
+    let (_, peak) = blobs.memory();
+    assert!(peak <= memory, "{peak}");
+    drop(hold);
+    let soon = tokio::time::timeout(Duration::from_secs(10), async {
+        while blobs.memory().0 > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    soon.await.expect("all of it is given back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_without_end_fit_into_little_memory() {
+    let bytes = Arc::new(content(40 * MIB));
+    let server = Server::start(bytes.to_vec(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = BlobConfig {
+        prefetch: Prefetch::Model,
+        memory: 16 * MIB as u64,
+        read_timeout: Duration::from_secs(60),
+        ..lazily()
+    };
+    let blobs = blobs(dir.path(), 4 * MIB as u64, config);
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    // Some read large pieces and keep none; some stop in the middle; one wants more than there is.
+    let readers: Vec<_> = (0..40)
+        .map(|reader| {
+            let (blob, bytes) = (Arc::clone(&blob), Arc::clone(&bytes));
+            tokio::spawn(async move {
+                let step = if reader % 2 == 0 { MIB } else { 100_000 };
+                for at in (reader * MIB..bytes.len()).step_by(step).take(6) {
+                    let end = (at + step).min(bytes.len());
+                    let read = blob.read(ByteRange::new(at as u64, end as u64)).await;
+                    assert_eq!(read.unwrap(), bytes[at..end]);
+                }
+            })
+        })
+        .collect();
+    let all = blob.read(ByteRange::new(0, 20 * MIB as u64)).await.unwrap();
+    assert_eq!(all, bytes[..20 * MIB]);
+    drop(all);
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    drop(hold);
+}

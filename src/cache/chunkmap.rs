@@ -20,6 +20,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -268,6 +269,14 @@ impl ChunkMap {
     pub(super) fn claim(&self, range: ByteRange) -> io::Result<Option<Claim>> {
         let chunks = self.chunks(range);
         Claim::take(&self.file, chunks.start as u64, chunks.len().max(1) as u64)
+    }
+
+    /// Claims all chunks for one stream, against other processes and against the claims of this one: those belong to one
+    /// open file description, which knows no count, and the first to end would open a hole in the claim of the whole.
+    pub(super) fn claim_all(&self) -> io::Result<Option<Claim>> {
+        let again = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = File::options().read(true).write(true).open(again)?;
+        Claim::take(&Arc::new(file), 0, self.slots.len().max(1) as u64)
     }
 }
 

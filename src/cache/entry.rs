@@ -14,7 +14,7 @@
 //! The file is never shortened and never punched: it may be mapped, or be read by the kernel in our place.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -29,7 +29,7 @@ use super::layout::sync_dir;
 use super::lock::{self, Claim};
 use super::mapped::{Data, Map};
 use super::{Cache, CacheError};
-use crate::base::{ByteRange, Digest};
+use crate::base::{ByteRange, Digest, Hasher};
 
 /// The last use of a blob is noted again only when the note is older than this.
 const TOUCH_AFTER: Duration = Duration::from_secs(1);
@@ -92,11 +92,11 @@ impl Entry {
             return Ok(None);
         }
         if metadata.len() != size {
-            let reason = format!(
-                "it has {} bytes, its descriptor says {size}; if it is damaged, `ocifs cache verify` removes it",
-                metadata.len()
-            );
-            return Err(CacheError::Unusable { path, reason });
+            return Err(CacheError::WrongLength {
+                path,
+                length: metadata.len(),
+                size,
+            });
         }
         touch(&data, &metadata);
         Ok(Some(Self {
@@ -108,6 +108,40 @@ impl Entry {
             state: AtomicU8::new(SEALED),
             mapping: OnceLock::new(),
         }))
+    }
+
+    /// Removes a sealed file whose content does not have its digest, whoever has it open, so that the blob can be fetched
+    /// again; whether it did. Reads all of the file.
+    pub(super) fn discard_wrong(cache: &Cache, digest: &Digest) -> Result<bool, CacheError> {
+        let path = cache.layout().sealed(digest);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(CacheError::io("open", &path)(error)),
+        };
+        let mut hasher = Hasher::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match (&file).read(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => hasher.update(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(CacheError::io("read", &path)(error)),
+            }
+        }
+        if hasher.finish() == *digest {
+            return Ok(false);
+        }
+        cache.locked(|| {
+            let metadata = file.metadata().map_err(CacheError::io("look at", &path))?;
+            // Only the file that was read; a right one may have taken its name.
+            if !names(&path, &metadata) {
+                return Ok(false);
+            }
+            cache.unpublish_users(digest);
+            fs::remove_file(&path).map_err(CacheError::io("remove", &path))?;
+            Ok(true)
+        })
     }
 
     /// Opens or makes the partial blob; `None` when it changed under us and the caller should look again.
@@ -334,6 +368,13 @@ impl Entry {
     pub fn claim(&self, range: ByteRange) -> Result<Option<Claim>, CacheError> {
         let map = self.map.as_ref().ok_or_else(|| self.gone())?;
         map.claim(range)
+            .map_err(|error| CacheError::io("lock", &self.cache.layout().map(&self.digest))(error))
+    }
+
+    /// Claims all of the blob for one stream; `None` when another process, or this one, is fetching some of it.
+    pub fn claim_all(&self) -> Result<Option<Claim>, CacheError> {
+        let map = self.map.as_ref().ok_or_else(|| self.gone())?;
+        map.claim_all()
             .map_err(|error| CacheError::io("lock", &self.cache.layout().map(&self.digest))(error))
     }
 

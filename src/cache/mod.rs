@@ -69,6 +69,16 @@ pub enum CacheError {
         /// Why.
         reason: String,
     },
+    /// A sealed file is not as long as its blob: the file is damaged, or the descriptor lies.
+    #[error("{path} has {length} bytes, its descriptor says {size}")]
+    WrongLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        length: u64,
+        /// The blob's size.
+        size: u64,
+    },
     /// There is no room, and nothing more that may be evicted.
     #[error("no room in the cache for {wanted} bytes: what is there is in use or the disk is full")]
     Full {
@@ -187,10 +197,25 @@ impl Cache {
         self.layout().sealed(digest).exists()
     }
 
+    /// Whether a blob of `size` bytes is complete and verified; a file of another length is not it.
+    pub fn is_sealed_as(&self, digest: &Digest, size: u64) -> bool {
+        std::fs::metadata(self.layout().sealed(digest)).is_ok_and(|found| found.len() == size)
+    }
+
+    /// Removes a sealed file whose content does not have its digest; whether it did. Reads all of it, and may be called while
+    /// it is open elsewhere: whoever has it open reads on from a file without a name.
+    pub fn discard_wrong(&self, digest: &Digest) -> Result<bool, CacheError> {
+        let removed = Entry::discard_wrong(self, digest)?;
+        if removed {
+            tracing::warn!(%digest, "a sealed file in the cache was damaged and is removed; it is fetched again");
+        }
+        Ok(removed)
+    }
+
     /// Keeps small content whose digest was checked (a manifest, a config). Best effort: a failure is logged.
     pub fn put(&self, digest: &Digest, content: &[u8]) {
         debug_assert_eq!(Digest::of(content), *digest);
-        if self.is_sealed(digest) {
+        if self.is_sealed_as(digest, content.len() as u64) {
             return;
         }
         let path = self.layout().sealed(digest);

@@ -255,7 +255,7 @@ impl Cache {
     }
 
     /// Takes the artifacts that a blob belongs to out of the index.
-    fn unpublish_users(&self, blob: &Digest) {
+    pub(super) fn unpublish_users(&self, blob: &Digest) {
         let path = self.layout().index();
         let needle = blob.hex();
         let whole = |manifest: &Digest| {

@@ -213,7 +213,10 @@ fn a_sealed_blob_is_a_file_of_the_layout_for_everybody() {
     assert_eq!(other.read(whole(&other)).unwrap().unwrap(), bytes);
     assert!(b.entry(&digest, 50_000).unwrap().is_sealed());
     assert!(
-        matches!(b.entry(&digest, 49_999), Err(CacheError::Unusable { .. })),
+        matches!(
+            b.entry(&digest, 49_999),
+            Err(CacheError::WrongLength { .. })
+        ),
         "a descriptor that lies"
     );
 }

@@ -384,3 +384,52 @@ fn a_blob_larger_than_the_cache_is_still_readable() {
     assert!(!sealed(cache.path(), &published.layers[0]).exists());
     cache_command(cache.path(), "verify", &[]).ok();
 }
+
+#[test]
+fn sixty_four_readers_of_sixteen_blobs_that_do_not_fit_take_little_memory() {
+    const EACH: u64 = 16 * MIB;
+    let (limit, memory) = (64 * MIB, 16 * MIB);
+    let registry = Registry::open();
+    let content = |blob: u64| Content::new(3000 + blob);
+    let artifact = (0..16).fold(Artifact::docker_v02(), |artifact, blob| {
+        let bytes = content(blob).bytes(0, EACH as usize);
+        artifact.layer(Layer::bytes(DOCKER_SAFETENSORS, bytes).at(&format!("w{blob}")))
+    });
+    let published = artifact.publish(&registry, "org/m:v1");
+    let proxy = Proxy::start(registry.address());
+    let cache = scratch("cache");
+    let mount = Mount::start(
+        cache.path(),
+        [
+            "--cache-size".to_owned(),
+            limit.to_string(),
+            "--memory".to_owned(),
+            memory.to_string(),
+        ],
+    );
+    let model = mount.path(&format!("{}/org/m:v1", proxy.host()));
+    let readers: Vec<_> = (0..64)
+        .map(|reader| {
+            let (blob, part) = (reader % 16, reader / 16);
+            let path = model.join(format!("w{blob}"));
+            std::thread::spawn(move || {
+                let file = File::open(path).unwrap();
+                let quarter = EACH / 4;
+                let mut bytes = vec![0; 256 << 10];
+                for at in (part * quarter..(part + 1) * quarter).step_by(bytes.len()) {
+                    file.read_exact_at(&mut bytes, at).unwrap();
+                    assert!(bytes == content(blob).bytes(at, bytes.len()), "{blob} {at}");
+                }
+            })
+        })
+        .collect();
+    for reader in readers {
+        reader.join().unwrap();
+    }
+    let peak = mount.peak_memory();
+    // That figure has the pages of the program in it, too.
+    assert!(peak <= memory + (64 + 40) * MIB, "{} MiB", peak / MIB);
+    assert_within(cache.path(), limit);
+    drop(published);
+    mount.unmount();
+}
