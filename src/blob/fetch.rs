@@ -420,7 +420,7 @@ impl LazyBlob {
                 Err(error) => {
                     tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not kept");
                     let mut state = lock(&self.state);
-                    if !state.no_room.is_some_and(|at| at.elapsed() < LONGEST_PAUSE) {
+                    if state.no_room.is_none_or(|at| at.elapsed() >= LONGEST_PAUSE) {
                         tracing::info!(digest = %self.digest, error = %Chain(&error), "served without being kept");
                     }
                     state.no_room = Some(Instant::now());

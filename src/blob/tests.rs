@@ -807,6 +807,56 @@ async fn a_sealed_file_that_was_cut_off_is_removed_and_fetched_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nothing_new_is_filled_while_a_reader_waits() {
+    let pause = Duration::from_millis(30);
+    let small = content(128 << 10);
+    let filled = Server::start(small.clone(), Manner::Slow { pause }).await;
+    let large = content(2 * MIB);
+    let wanted = Server::start(large.clone(), Manner::Slow { pause }).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    // One blob after the other in the background. None has the right digest, which shows only when it is whole.
+    let background = {
+        let (blobs, repository) = (blobs.clone(), filled.repository());
+        tokio::spawn(async move {
+            for number in 0..200_u8 {
+                let blob = blobs.open(Digest::of(&[number]), 128 << 10, &repository);
+                assert!(matches!(
+                    blob.complete().await,
+                    Err(BlobError::Corrupt { .. })
+                ));
+            }
+        })
+    };
+    let begun = |count: usize| {
+        let filled = &filled;
+        async move {
+            let more = async {
+                while filled.requests().len() < count {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            let soon = tokio::time::timeout(Duration::from_secs(20), more).await;
+            soon.expect("the background goes on");
+        }
+    };
+    begun(3).await;
+    let blob = blobs.open(Digest::of(&large), large.len() as u64, &wanted.repository());
+    let before = filled.requests().len();
+    let since = std::time::Instant::now();
+    blob.read(ByteRange::at(MIB as u64, 10 * (64 << 10)))
+        .await
+        .unwrap();
+    let meanwhile = filled.requests().len() - before;
+    // In 300 ms there would have been five. One may have passed the look before the reader came, and none waits for more than
+    // a second.
+    let allowed = 2 + since.elapsed().as_secs() as usize;
+    assert!(meanwhile <= allowed, "{meanwhile}, not {allowed}");
+    begun(before + meanwhile + 2).await;
+    background.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_cache_streams_in_parts_through_bounded_memory() {
     let bytes = Arc::new(content(96 * MIB));
     let server = Server::start(bytes.to_vec(), Manner::Right).await;
