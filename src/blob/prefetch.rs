@@ -2,8 +2,9 @@
 //!
 //! The state belongs to the blob, not to a file handle: threads, tensor-parallel ranks and page faults of several
 //! processes share handles or have many, and what matters is where on the blob each of them moves on. A read that begins
-//! near where an earlier one ended carries that stream on. Its window starts small and doubles each time the reader has used
-//! up half of it; a reader that jumps about (a header here, a tensor there) never gets one.
+//! near where an earlier one ended carries that stream on, and so does one that ends where an earlier one began. Its window
+//! starts small and doubles each time the reader has used up half of it; a reader that jumps about (a header here, a tensor
+//! there) never gets one.
 
 use std::time::Duration;
 
@@ -25,6 +26,11 @@ const LARGEST_WINDOW: u64 = 64 << 20;
 const LONGEST_WINDOW: u64 = 512 << 20;
 /// A reader that read this much in order wants everything.
 const EVERYTHING: u64 = 16 << 20;
+/// So do readers who read this part of the blob together, each piece in order.
+const MOST_OF_IT: u64 = 8;
+/// The largest piece that is read backwards: the C library copies up to so much that way when source and destination lie
+/// unluckily (glibc, `L(more_8x_vec_backward)` below its non-temporal threshold).
+const LARGEST_PIECE: u64 = 32 << 20;
 
 /// What a read asks of the prefetcher.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,61 +76,143 @@ impl Reach {
 pub(super) struct Prefetcher {
     streams: Vec<Stream>,
     clock: u64,
+    /// Bytes read in order by all streams, those that are forgotten counted.
+    earnest: u64,
 }
 
 #[derive(Debug)]
 struct Stream {
-    /// Where the next read is expected.
+    /// Up to here it was read: where a reader that goes forwards comes next.
     next: u64,
+    /// Down to here it was read since `next` moved last: where one that goes backwards comes next.
+    low: u64,
     /// Bytes read in order.
     run: u64,
     window: u64,
     /// Fetched or being fetched up to here.
     issued: u64,
+    /// And down to here, when that is below `low`.
+    issued_low: u64,
     used: u64,
+}
+
+impl Stream {
+    fn begin(range: ByteRange, clock: u64) -> Self {
+        Self {
+            next: range.end(),
+            low: range.start(),
+            run: range.len(),
+            window: 0,
+            issued: 0,
+            issued_low: range.start(),
+            used: clock,
+        }
+    }
+
+    /// How far `range` is from where the stream goes on, forwards; `None` when it does not belong there.
+    ///
+    /// Who went backwards through a piece jumps over the whole of the next one.
+    fn distance_up(&self, range: ByteRange) -> Option<u64> {
+        let slack = SLACK.max((self.next - self.low).min(LARGEST_PIECE));
+        let near = range.start() <= self.next.saturating_add(slack)
+            && range.start().saturating_add(SLACK) >= self.next;
+        near.then(|| self.next.abs_diff(range.start()))
+    }
+
+    /// The same backwards.
+    fn distance_down(&self, range: ByteRange) -> Option<u64> {
+        let near = range.start() < self.low
+            && range.end() <= self.low.saturating_add(SLACK)
+            && range.end().saturating_add(SLACK) >= self.low;
+        near.then(|| self.low.abs_diff(range.end()))
+    }
+
+    fn distance(&self, range: ByteRange) -> Option<u64> {
+        match (self.distance_up(range), self.distance_down(range)) {
+            (Some(up), Some(down)) => Some(up.min(down)),
+            (up, down) => up.or(down),
+        }
+    }
+
+    /// A read further on.
+    fn up(&mut self, range: ByteRange, size: u64, reach: Reach) -> Option<ByteRange> {
+        let hole = self.next.min(range.start());
+        if range.end() > self.next {
+            self.next = range.end();
+            self.low = range.start();
+            self.issued_low = hole;
+        }
+        if self.run < EARNEST {
+            return None;
+        }
+        let ahead = self.issued.saturating_sub(self.next);
+        if self.window != 0 && ahead > self.window / 2 {
+            return None;
+        }
+        self.widen(reach);
+        let from = self.issued.max(hole).min(size);
+        self.issued = self.next.saturating_add(self.window).min(size);
+        Some(ByteRange::new(from, self.issued.max(from)))
+    }
+
+    /// A read further back.
+    fn down(&mut self, range: ByteRange, reach: Reach) -> Option<ByteRange> {
+        self.low = range.start();
+        if self.run < EARNEST {
+            return None;
+        }
+        let ahead = self.low.saturating_sub(self.issued_low);
+        if self.window != 0 && ahead > self.window / 2 {
+            return None;
+        }
+        self.widen(reach);
+        let to = self.issued_low.min(range.end());
+        self.issued_low = self.low.saturating_sub(self.window);
+        Some(ByteRange::new(self.issued_low.min(to), to))
+    }
+
+    fn widen(&mut self, reach: Reach) {
+        self.window = (self.window * 2).max(reach.first).min(reach.most);
+    }
 }
 
 impl Prefetcher {
     /// Takes note of a read of `range` on a blob of `size` bytes, and reaches so far ahead.
     pub(super) fn read(&mut self, range: ByteRange, size: u64, reach: Reach) -> Advice {
         self.clock += 1;
-        let near = |stream: &Stream| {
-            range.start() <= stream.next.saturating_add(SLACK)
-                && range.start().saturating_add(SLACK) >= stream.next
-        };
-        let Some(stream) = self
+        let nearest = self
             .streams
             .iter_mut()
-            .filter(|s| near(s))
-            .min_by_key(|s| s.next.abs_diff(range.start()))
-        else {
+            .filter_map(|stream| Some((stream.distance(range)?, stream)))
+            .min_by_key(|(distance, _)| *distance);
+        let Some((_, stream)) = nearest else {
             self.begin(range);
             return Advice::default();
         };
         stream.used = self.clock;
         // Only new ground counts, so that reading the same header again and again is no stream; and only what is read
         // of it, so that two reads that happen to lie near each other are none.
-        let fresh = range.end().saturating_sub(stream.next).min(range.len());
+        let forwards = stream.distance_up(range).is_some() && range.end() > stream.next
+            || stream.distance_down(range).is_none();
+        let fresh = if forwards {
+            range.end().saturating_sub(stream.next)
+        } else {
+            stream.low - range.start()
+        }
+        .min(range.len());
         stream.run += fresh;
-        stream.next = stream.next.max(range.end());
-        if stream.run < EARNEST {
-            return Advice::default();
+        if stream.run >= EARNEST {
+            self.earnest += fresh;
         }
-        let everything = stream.run >= EVERYTHING;
-        let ahead = stream.issued.saturating_sub(stream.next);
-        if stream.window != 0 && ahead > stream.window / 2 {
-            return Advice {
-                ahead: None,
-                everything,
-            };
-        }
-        stream.window = (stream.window * 2).max(reach.first).min(reach.most);
-        let from = stream.issued.max(range.start()).min(size);
-        stream.issued = stream.next.saturating_add(stream.window).min(size);
-        let ahead = ByteRange::new(from, stream.issued);
+        let ahead = if forwards {
+            stream.up(range, size, reach)
+        } else {
+            stream.down(range, reach)
+        };
         Advice {
-            ahead: Some(ahead).filter(|ahead| !ahead.is_empty()),
-            everything,
+            ahead: ahead.filter(|ahead| !ahead.is_empty()),
+            everything: stream.run >= EVERYTHING
+                || self.earnest >= EVERYTHING.max(size / MOST_OF_IT),
         }
     }
 
@@ -132,6 +220,9 @@ impl Prefetcher {
     pub(super) fn cut(&mut self, at: u64) {
         for stream in &mut self.streams {
             stream.issued = stream.issued.min(at.max(stream.next));
+            if (stream.issued_low..stream.low).contains(&at) {
+                stream.issued_low = stream.low;
+            }
         }
     }
 
@@ -141,13 +232,7 @@ impl Prefetcher {
         {
             self.streams.swap_remove(oldest);
         }
-        self.streams.push(Stream {
-            next: range.end(),
-            run: range.len(),
-            window: 0,
-            issued: 0,
-            used: self.clock,
-        });
+        self.streams.push(Stream::begin(range, self.clock));
     }
 }
 
@@ -311,6 +396,53 @@ mod tests {
         }
         assert_eq!(prefetcher.streams.len(), 1);
         assert!(asked > 8 * MIB);
+    }
+
+    #[test]
+    fn pieces_that_are_read_backwards_are_one_stream() {
+        for piece in [MIB, 8 * MIB] {
+            let mut prefetcher = Prefetcher::default();
+            let mut here = vec![false; (SIZE / (64 * KIB)) as usize];
+            let mut waited = 0;
+            let mut everything = false;
+            for first in (0..128 * MIB).step_by(piece as usize) {
+                for back in 1..=piece / (128 * KIB) {
+                    // The kernel reads around a fault.
+                    let start = (first + piece - back * 128 * KIB).saturating_sub(64 * KIB);
+                    let read = ByteRange::at(start, 128 * KIB);
+                    let blocks = |range: ByteRange| {
+                        (range.start() / (64 * KIB)) as usize
+                            ..range.end().div_ceil(64 * KIB) as usize
+                    };
+                    waited += u64::from(!here[blocks(read)].iter().all(|&here| here));
+                    let advice = prefetcher.read(read, SIZE, SHORT);
+                    everything |= advice.everything;
+                    here[blocks(read)].fill(true);
+                    if let Some(ahead) = advice.ahead {
+                        here[blocks(ahead)].fill(true);
+                    }
+                }
+            }
+            assert!(waited <= 32, "{piece}: {waited} reads found nothing");
+            assert!(everything);
+        }
+    }
+
+    #[test]
+    fn a_blob_that_is_read_from_its_end_is_fetched_from_its_end() {
+        let mut prefetcher = Prefetcher::default();
+        let mut lowest = SIZE;
+        for at in (256 * 8..SIZE / (128 * KIB)).rev().map(|at| at * 128 * KIB) {
+            let read = ByteRange::at(at, 128 * KIB);
+            let advice = prefetcher.read(read, SIZE, SHORT);
+            if let Some(ahead) = advice.ahead {
+                assert!(ahead.end() <= read.end(), "nothing above");
+                assert!(lowest == SIZE || ahead.end() == lowest, "windows join");
+                lowest = ahead.start();
+            }
+            assert!(lowest == SIZE || lowest < at, "the window stays ahead");
+        }
+        assert!(lowest <= 256 * MIB - 30 * MIB, "{lowest}");
     }
 
     #[test]
