@@ -334,7 +334,15 @@ impl Shared {
     /// Asks the registry, and remembers what it says.
     async fn ask(&self, reference: &Reference) -> Result<Digest, ModelError> {
         let deadline = Deadline::after(self.question_timeout());
-        let resolved = self.blobs.registry().resolve(reference, deadline).await;
+        let registry = self.blobs.registry();
+        let (cache, name) = (self.blobs.cache().clone(), tag_name(reference));
+        let seen = on_disk(move || cache.tag(&name)).await.flatten().is_some();
+        // What was never seen is fetched next; what was is mostly the same still, and HEAD costs registries less.
+        let resolved = if seen {
+            registry.resolve(reference, deadline).await
+        } else {
+            registry.resolve_with_manifest(reference, deadline).await
+        };
         let resolved = resolved.map_err(|error| ModelError::Registry {
             reference: reference.to_string(),
             source: Arc::new(error),

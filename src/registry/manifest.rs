@@ -46,6 +46,21 @@ enum Told {
     Nothing,
 }
 
+/// A question about what a tag (or `latest`) points at.
+fn by_tag(reference: &Reference, method: Method) -> Call<'_> {
+    let tag = reference.tag().cloned().unwrap_or_else(Tag::latest);
+    Call {
+        method,
+        repository: reference.repository(),
+        action: Action::Pull,
+        path: format!("manifests/{tag}"),
+        accept: Some(ACCEPT),
+        range: None,
+        bulk: false,
+        what: reference.to_string(),
+    }
+}
+
 impl Client {
     /// See [`super::Registry::resolve`].
     pub(super) async fn resolve(
@@ -59,21 +74,10 @@ impl Client {
                 manifest: None,
             });
         }
-        let tag = reference.tag().cloned().unwrap_or_else(Tag::latest);
-        let call = Call {
-            method: Method::HEAD,
-            repository: reference.repository(),
-            action: Action::Pull,
-            path: format!("manifests/{tag}"),
-            accept: Some(ACCEPT),
-            range: None,
-            bulk: false,
-            what: reference.to_string(),
-        };
-        let head = &call;
+        let call = &by_tag(reference, Method::HEAD);
         let told = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
-            self.via(head, Need::Resolve, deadline, |peer| async move {
-                peer.head_once(head).await
+            self.via(call, Need::Resolve, deadline, |peer| async move {
+                peer.head_once(call).await
             })
         });
         match told.await? {
@@ -81,23 +85,33 @@ impl Client {
                 digest,
                 manifest: None,
             }),
-            Told::Nothing => {
-                let get = &Call {
-                    method: Method::GET,
-                    ..call.clone()
-                };
-                let manifest = self.retry(&get.what, UNTIL_DEADLINE, deadline, || {
-                    self.via(get, Need::Resolve, deadline, |peer| async move {
-                        peer.manifest_once(get, None).await
-                    })
-                });
-                let manifest = manifest.await?;
-                Ok(Resolved {
-                    digest: manifest.digest,
-                    manifest: Some(manifest),
-                })
-            }
+            Told::Nothing => self.resolve_with_manifest(reference, deadline).await,
         }
+    }
+
+    /// See [`super::Registry::resolve_with_manifest`].
+    pub(super) async fn resolve_with_manifest(
+        &self,
+        reference: &Reference,
+        deadline: Deadline,
+    ) -> Result<Resolved, RegistryError> {
+        if let Some(&digest) = reference.digest() {
+            return Ok(Resolved {
+                digest,
+                manifest: None,
+            });
+        }
+        let call = &by_tag(reference, Method::GET);
+        let manifest = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+            self.via(call, Need::Resolve, deadline, |peer| async move {
+                peer.manifest_once(call, None).await
+            })
+        });
+        let manifest = manifest.await?;
+        Ok(Resolved {
+            digest: manifest.digest,
+            manifest: Some(manifest),
+        })
     }
 
     /// See [`super::Registry::manifest`].

@@ -135,6 +135,15 @@ impl Registry {
         self.client.resolve(reference, deadline).await
     }
 
+    /// As [`Registry::resolve`], but by GET at once: one question less when the manifest is wanted next and not here.
+    pub async fn resolve_with_manifest(
+        &self,
+        reference: &Reference,
+        deadline: Deadline,
+    ) -> Result<Resolved, RegistryError> {
+        self.client.resolve_with_manifest(reference, deadline).await
+    }
+
     /// Fetches a manifest by digest, checked, of bounded size.
     pub async fn manifest(
         &self,
