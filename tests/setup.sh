@@ -12,7 +12,7 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 packages=(
     gcc libc6-dev ca-certificates curl openssl
     fuse3 util-linux mount
-    docker-registry skopeo apache2-utils
+    docker-registry skopeo apache2-utils nginx-light iproute2 jq
     buildah umoci zstd gzip
     attr rsync tar diffutils findutils procps
     python3 python3-venv python3-torch

@@ -22,6 +22,7 @@ mod lies;
 mod loaders;
 mod login;
 mod metadata;
+mod mirrors;
 mod naming;
 mod offline;
 mod passthrough;

@@ -88,4 +88,28 @@ impl Certs {
             key: path("server.key"),
         }
     }
+
+    /// A certificate for a client, signed by the same CA, beside the others: certificate and key.
+    pub fn client(&self, name: &str) -> (PathBuf, PathBuf) {
+        let dir = self.ca.parent().unwrap();
+        let path = |ending: &str| dir.join(format!("{name}.{ending}"));
+        let text = |ending: &str| path(ending).to_str().unwrap().to_owned();
+        let subject = format!("/CN={name}");
+        #[rustfmt::skip]
+        run("openssl", [
+            "req", "-newkey", "rsa:2048", "-nodes", "-subj", &subject, "-keyout", &text("key"), "-out", &text("csr"),
+        ]).ok();
+        std::fs::write(
+            path("ext"),
+            "basicConstraints=CA:FALSE\nextendedKeyUsage=clientAuth\n",
+        )
+        .unwrap();
+        let (ca, key) = (dir.join("ca.crt"), dir.join("ca.key"));
+        #[rustfmt::skip]
+        run("openssl", [
+            "x509", "-req", "-days", "2", "-in", &text("csr"), "-CA", ca.to_str().unwrap(), "-CAkey", key.to_str().unwrap(),
+            "-CAcreateserial", "-extfile", &text("ext"), "-out", &text("cert"),
+        ]).ok();
+        (path("cert"), path("key"))
+    }
 }

@@ -7,6 +7,7 @@ pub mod helper;
 pub mod http;
 pub mod model;
 pub mod mount;
+pub mod netns;
 pub mod process;
 pub mod proxy;
 pub mod python;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::certs::Certs;
@@ -34,6 +34,8 @@ pub struct Registry {
     daemon: Daemon,
     certs: Option<Certs>,
     tokens: Option<Tokens>,
+    /// What its configuration has beside, by section.
+    extra: Value,
     dir: TempDir,
 }
 
@@ -43,6 +45,17 @@ impl Registry {
     }
 
     pub fn start(access: Access) -> Self {
+        Self::start_with(access, |_| json!({}))
+    }
+
+    /// A pull-through cache of the registry at this address.
+    pub fn pull_through(upstream: SocketAddr) -> Self {
+        let url = format!("http://{upstream}");
+        Self::start_with(Access::Open, |_| json!({"proxy": {"remoteurl": url}}))
+    }
+
+    /// With these sections in its configuration, by name; `extra` gets the registry's directory.
+    pub fn start_with(access: Access, extra: impl FnOnce(&Path) -> Value) -> Self {
         let dir = super::scratch("registry");
         let certs = (access == Access::Htpasswd).then(|| Certs::make(dir.path()));
         let tokens = (access == Access::Token).then(|| Tokens::start(dir.path()));
@@ -50,11 +63,14 @@ impl Registry {
             let line = run("htpasswd", ["-Bbn", USER, PASSWORD]).ok();
             fs::write(dir.path().join("htpasswd"), line.trim()).unwrap();
         }
+        let extra = extra(dir.path());
         let credentials = json!({"auth": STANDARD.encode(format!("{USER}:{PASSWORD}"))});
         let mut attempts = 0;
         let (address, daemon) = loop {
             let address = super::free_address();
-            if let Some(daemon) = launch(dir.path(), address, certs.as_ref(), tokens.as_ref()) {
+            if let Some(daemon) =
+                launch(dir.path(), address, certs.as_ref(), tokens.as_ref(), &extra)
+            {
                 break (address, daemon);
             }
             attempts += 1;
@@ -67,6 +83,7 @@ impl Registry {
             daemon,
             certs,
             tokens,
+            extra,
             dir,
         };
         let hosts = json!({"auths": {registry.host(): credentials, registry.address.to_string(): credentials}});
@@ -118,6 +135,11 @@ impl Registry {
     /// A certificate file to trust, where there is one.
     pub fn ca(&self) -> Option<&Path> {
         self.certs.as_ref().map(|certs| certs.ca.as_path())
+    }
+
+    /// What it trusts and shows, where it speaks TLS.
+    pub fn certs(&self) -> &Certs {
+        self.certs.as_ref().expect("the registry speaks TLS")
     }
 
     /// `skopeo copy` from anywhere into this registry.
@@ -219,6 +241,7 @@ impl Registry {
             self.address,
             self.certs.as_ref(),
             self.tokens.as_ref(),
+            &self.extra,
         )
         .expect("the port is still free");
     }
@@ -239,6 +262,7 @@ fn launch(
     address: SocketAddr,
     certs: Option<&Certs>,
     tokens: Option<&Tokens>,
+    extra: &Value,
 ) -> Option<Daemon> {
     let mut config = json!({
         "version": "0.1",
@@ -255,6 +279,12 @@ fn launch(
         config["auth"] = json!({"token": {
             "realm": tokens.realm(), "service": Tokens::SERVICE, "issuer": Tokens::ISSUER, "rootcertbundle": tokens.bundle,
         }});
+    }
+    for (section, value) in extra.as_object().expect("sections by name") {
+        match config[section].as_object_mut() {
+            Some(there) => there.extend(value.as_object().expect("a section").clone()),
+            None => config[section] = value.clone(),
+        }
     }
     // YAML is a superset of JSON.
     let file = dir.join("config.yml");
