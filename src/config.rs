@@ -455,6 +455,12 @@ impl Settings {
                 return Err(values.refuse("auth-file", format!("there is no file {file}")));
             }
         }
+        if let Some((dirs, Origin::Flag(_))) = values.0.get("hosts-dir") {
+            let is_dir = |dir: &String| surroundings.directory.join(dir).is_dir();
+            if let Some(dir) = dirs.iter().find(|dir| !is_dir(dir)) {
+                return Err(values.refuse("hosts-dir", format!("there is no directory {dir}")));
+            }
+        }
         let seconds = Duration::from_secs;
         let paths = |name: &str| {
             let list = values.list(name)?;

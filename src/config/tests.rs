@@ -145,6 +145,41 @@ fn values_of_all_shapes_arrive() {
 }
 
 #[test]
+fn a_directory_of_mirrors_that_was_typed_must_exist() {
+    let typed = |dir: &str| {
+        let mut values = Values::default();
+        let setting = Setting::named("hosts-dir").unwrap();
+        values.give(
+            setting,
+            vec![dir.to_owned()],
+            Origin::Flag("hosts-dir".into()),
+        );
+        let surroundings = Surroundings {
+            variable: &|name| (name == "HOME").then(|| "/home/x".into()),
+            user: 1000,
+            directory: "/".into(),
+            system_file: "/nonexistent".into(),
+        };
+        Settings::resolve(values, None, &surroundings)
+    };
+    let error = typed("/nowhere/certs.d").unwrap_err().to_string();
+    assert!(
+        error.contains("--hosts-dir") && error.contains("/nowhere/certs.d"),
+        "{error}"
+    );
+    let settings = typed("tmp").unwrap();
+    assert_eq!(
+        settings.registry.hosts_dir.as_deref(),
+        Some(Path::new("/tmp"))
+    );
+    // In a file of many machines it may name what some of them lack.
+    let settings = Case::new()
+        .resolve(&["hosts-dir=/nowhere/certs.d"])
+        .unwrap();
+    assert!(settings.registry.hosts_dir.is_some());
+}
+
+#[test]
 fn a_login_goes_where_docker_and_podman_look() {
     let written = |case: Case, options: &[&str]| case.resolve(options).unwrap().login_file.unwrap();
     let home = written(Case::new(), &[]);

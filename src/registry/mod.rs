@@ -1,9 +1,11 @@
 //! Registries: references, credentials, tokens, ranged blob reads, retries, push.
 //!
-//! A request goes down through `client` (authorised, retried, under one deadline) to `transport` (redirects, time limits), and from
-//! there to reqwest or, for large bodies, to our own connections (`pool`, `dial`, `wire`). `hosts` knows how many of them a host
-//! gets. What is decided on the way, by `address`, `challenge`, `retry`, `lanes` and the heads of `range`, are pure functions of
-//! what was received.
+//! A request goes down through `client` (retried, under one deadline, by way of `mirrors`) and a `peer` (one server, authorised) to
+//! `transport` (redirects, time limits), and from there to reqwest or, for large bodies, to our own connections (`pool`, `dial`,
+//! `wire`). `hosts` knows how many of them a host gets. What is decided on the way, by `address`, `challenge`, `retry`, `lanes` and
+//! the heads of `range`, are pure functions of what was received.
+//!
+//! Credentials (`credentials`, from files by `authfile` and programs by `helper`) are looked up anew for each grant (`auth`, `token`).
 
 use std::future::Future;
 use std::path::PathBuf;

@@ -11,6 +11,7 @@
 
 mod support;
 
+mod behaviours;
 mod cache;
 mod credentials;
 mod demo;
@@ -26,6 +27,7 @@ mod mirrors;
 mod naming;
 mod offline;
 mod passthrough;
+mod proxies;
 mod push;
 mod ranges;
 mod retries;

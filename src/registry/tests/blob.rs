@@ -223,6 +223,43 @@ async fn redirects_are_followed_without_credentials_and_kept() {
     );
 }
 
+/// S3 and Google's storage sign the method with the address.
+#[tokio::test]
+async fn an_address_for_head_is_not_used_for_get() {
+    let store = Server::start(|request| {
+        match request
+            .target
+            .contains(&format!("method={}", request.method))
+        {
+            true if request.method == "HEAD" => reply(200, ""),
+            true => serve_blob(&content(SIZE).0, request),
+            false => reply(403, "<Error><Code>SignatureDoesNotMatch</Code></Error>"),
+        }
+    });
+    let address = store.address.clone();
+    let server = Server::start(move |request| {
+        let location = format!("http://{address}/blob?method={}", request.method);
+        reply(307, "").header("Location", location)
+    });
+    let registry = registry();
+    let (_, digest) = content(SIZE);
+    for _ in 0..2 {
+        let exists = registry.exists(&server.repository(), &digest, soon()).await;
+        assert!(exists.unwrap());
+        range(&registry, &server).await;
+    }
+    let methods: Vec<String> = server
+        .seen()
+        .into_iter()
+        .map(|request| request.method)
+        .collect();
+    assert_eq!(
+        methods,
+        ["HEAD", "GET", "HEAD"],
+        "the address for GET is kept"
+    );
+}
+
 #[tokio::test]
 async fn a_kept_address_that_expired_is_looked_up_once_more() {
     let store = store();

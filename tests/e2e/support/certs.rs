@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::process::run;
 
-/// A directory with a CA and a server certificate for `localhost` and `127.0.0.1`.
+/// A directory with a CA and a server certificate for `localhost`, `registry.test` and `127.0.0.1`.
 pub struct Certs {
     /// What clients must trust: `ca.crt`.
     pub ca: PathBuf,
@@ -58,7 +58,7 @@ impl Certs {
         .ok();
         std::fs::write(
             path("server.ext"),
-            "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n",
+            "subjectAltName=DNS:localhost,DNS:registry.test,IP:127.0.0.1\nbasicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n",
         )
         .unwrap();
         run(

@@ -47,9 +47,15 @@ pub fn python<S: AsRef<OsStr>>(script: &str, args: impl IntoIterator<Item = S>) 
     run_command(command(script).args(args), Duration::from_secs(400))
 }
 
+/// The command that runs a module of the environment, as `python -m MODULE`.
+pub fn module_command(name: &str) -> Command {
+    let mut command = Command::new(interpreter());
+    command.arg("-B").arg("-m").arg(name);
+    command
+}
+
 /// Runs a module of the environment, as `python -m MODULE`.
 pub fn module<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> Output {
-    let mut command = Command::new(interpreter());
-    command.arg("-B").arg("-m").arg(name).args(args);
-    run_command(&mut command, Duration::from_secs(120))
+    let limit = Duration::from_secs(120);
+    run_command(module_command(name).args(args), limit)
 }

@@ -54,7 +54,7 @@ impl Registry {
         Self::start_with(Access::Open, |_| json!({"proxy": {"remoteurl": url}}))
     }
 
-    /// With these sections in its configuration, by name; `extra` gets the registry's directory.
+    /// With these sections in its configuration, by name, where `null` takes a default away; `extra` gets the registry's directory.
     pub fn start_with(access: Access, extra: impl FnOnce(&Path) -> Value) -> Self {
         let dir = super::scratch("registry");
         let certs = (access == Access::Htpasswd).then(|| Certs::make(dir.path()));
@@ -282,7 +282,10 @@ fn launch(
     }
     for (section, value) in extra.as_object().expect("sections by name") {
         match config[section].as_object_mut() {
-            Some(there) => there.extend(value.as_object().expect("a section").clone()),
+            Some(there) => {
+                there.extend(value.as_object().expect("a section").clone());
+                there.retain(|_, value| !value.is_null());
+            }
             None => config[section] = value.clone(),
         }
     }
