@@ -14,7 +14,7 @@ use super::progress::eprint;
 use super::{context, prompt};
 use crate::base::Deadline;
 use crate::config::Settings;
-use crate::registry::{Accepted, Registry, Repository, forget_login, keep_login};
+use crate::registry::{Accepted, Registry, Repository, forget_login, is_login_used, keep_login};
 
 /// How long a registry and its token server may take: somebody waits.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -70,6 +70,15 @@ pub(super) fn login(global: &Global, args: &Login) -> Result<Exit> {
             printable(&username),
             kept.file.display()
         ))?;
+        let files = settings.registry.auth_files.as_deref().unwrap_or_default();
+        if !is_login_used(files, &place, &username, &password).await {
+            eprint(&match &args.auth_file {
+                Some(file) => format!("note: use it with --auth-file {}", file.display()),
+                None => format!(
+                    "warning: ocifs goes on with another login for {place}: a credential file that comes first has one (podman's?)"
+                ),
+            });
+        }
         Ok(Exit::Ok)
     })
 }

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use reqwest::Url;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
@@ -26,8 +26,6 @@ pub(super) struct Registered {
     pub(super) mirrors: Vec<Endpoint>,
     /// The registry itself.
     pub(super) server: Endpoint,
-    /// The files that were looked at: when one of them changes, so may all this.
-    pub(super) files: Vec<PathBuf>,
 }
 
 /// One server.
@@ -72,6 +70,23 @@ pub(super) struct Trust {
     pub(super) skip_verify: bool,
     /// How long a connection may take to come up.
     pub(super) dial_timeout: Option<Duration>,
+    /// When the files were written and how long they are: certificates are renewed under the same name.
+    pub(super) stamps: Vec<(Option<SystemTime>, u64)>,
+}
+
+impl Trust {
+    /// Looks at the files.
+    fn stamp(&mut self) {
+        let pairs = self
+            .client
+            .iter()
+            .flat_map(|(certificate, key)| [certificate, key]);
+        let stamp = |path: &PathBuf| {
+            let found = std::fs::metadata(path).ok();
+            found.map_or((None, 0), |found| (found.modified().ok(), found.len()))
+        };
+        self.stamps = self.ca_files.iter().chain(pairs).map(stamp).collect();
+    }
 }
 
 /// A file that cannot be used. A registry whose mirrors were meant is not asked as if there were none.
@@ -87,15 +102,16 @@ pub(super) struct Unusable {
 
 /// What `dir` says about a registry; `None` when it says nothing.
 pub(super) fn read(dir: &Path, registry: &str) -> Result<Option<Registered>, Unusable> {
-    let mut files = Vec::new();
     for name in names(registry) {
         let place = dir.join(name);
         let file = place.join("hosts.toml");
-        files.push(file.clone());
         match read_bounded(&file) {
             Ok(text) => {
                 let mut registered = parse(&text, &file, registry)?;
-                registered.files = files;
+                for mirror in &mut registered.mirrors {
+                    mirror.trust.stamp();
+                }
+                registered.server.trust.stamp();
                 return Ok(Some(registered));
             }
             Err(error) if is_absent(&error) => {}
@@ -107,16 +123,15 @@ pub(super) fn read(dir: &Path, registry: &str) -> Result<Option<Registered>, Unu
                 });
             }
         }
-        if let Some(trust) = certificates(&place) {
+        if let Some(mut trust) = certificates(&place) {
+            trust.stamp();
             let server = Endpoint {
                 trust,
                 ..Endpoint::default()
             };
-            files.push(place);
             return Ok(Some(Registered {
                 server,
-                files,
-                ..Registered::default()
+                mirrors: Vec::new(),
             }));
         }
     }
@@ -244,11 +259,7 @@ fn parse(text: &str, path: &Path, registry: &str) -> Result<Registered, Unusable
             mirrors.push(endpoint);
         }
     }
-    Ok(Registered {
-        mirrors,
-        server,
-        files: Vec::new(),
-    })
+    Ok(Registered { mirrors, server })
 }
 
 /// What repositories are below: `/v2/` behind the URL's path, or with `override_path` the path as it is.
@@ -633,6 +644,15 @@ ca = "/etc/certs/upstream.pem"
         }
         let registered = read(dir.path(), "c.lan").unwrap().unwrap();
         assert!(registered.mirrors.is_empty());
+        assert_eq!(
+            read(dir.path(), "c.lan").unwrap().as_ref(),
+            Some(&registered)
+        );
+        std::fs::write(place.join("client.key"), "renewed").unwrap();
+        assert_ne!(
+            read(dir.path(), "c.lan").unwrap().as_ref(),
+            Some(&registered)
+        );
         let trust = registered.server.trust;
         assert_eq!(trust.ca_files, [place.join("ca.crt")]);
         assert_eq!(

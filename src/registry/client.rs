@@ -162,6 +162,7 @@ impl Client {
     ) -> Option<T> {
         // A mirror that does not answer leaves enough time for the next one.
         let after = (deadline.left() / 2).max(LEAST_TIME);
+        let begun = Instant::now();
         let error = match tokio::time::timeout(after, attempt(Arc::clone(mirror))).await {
             Ok(Ok(value)) => return Some(value),
             Ok(Err(error)) => error,
@@ -170,7 +171,9 @@ impl Client {
                 after,
             },
         };
-        mirror.health.failed(key, &error, Instant::now());
+        mirror
+            .health
+            .failed(key, &error, Instant::now(), begun.elapsed());
         let name = mirror.name(call.repository);
         match error.is_not_found() {
             true => tracing::debug!(

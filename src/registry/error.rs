@@ -357,7 +357,7 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
 pub(super) fn denial(reason: &str, host: &str) -> String {
     format!(
         "{reason}; the repository may not exist, or it is private: \
-         log in with `docker login {host}` or `podman login {host}`"
+         log in with `ocifs login {host}`, `docker login {host}` or `podman login {host}`"
     )
 }
 

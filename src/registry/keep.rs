@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 use super::authfile::{AuthFile, Edit, LONGEST_FILE, Unread, edit, file_in, key_of};
-use super::credentials::Credentials;
+use super::credentials::{Credentials, Sources};
 use super::helper;
 use crate::base::Secret;
 
@@ -83,6 +83,18 @@ pub async fn forget_login(file: &Path, host: &str) -> Result<bool, KeepError> {
         None => false,
     };
     Ok(change_file(&file, host, Edit::Remove)? || erased)
+}
+
+/// Whether this login is what a registry's client with these credential files would use.
+pub async fn is_login_used(
+    files: &[PathBuf],
+    host: &str,
+    username: &str,
+    password: &Secret,
+) -> bool {
+    let (host, path) = host.split_once('/').unwrap_or((host, ""));
+    let found = Sources::new(files.to_vec()).find(host, path).await;
+    found.credentials == Some(Credentials::login(username.to_owned(), password.clone()))
 }
 
 /// The file itself: behind links it is the target that is replaced, not the link.

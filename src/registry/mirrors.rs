@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::address::address_of;
 use super::certs_d::{self, Registered, Trust, Unusable};
 use super::credentials::Sources;
 use super::peer::Peer;
@@ -18,8 +19,12 @@ const FRESH: Duration = Duration::from_secs(5);
 const FIRST_REST: Duration = Duration::from_secs(1);
 /// The longest.
 const LONGEST_REST: Duration = Duration::from_secs(60);
+/// It rests for at least so many times the time that it took to fail.
+const SLOW: u32 = 6;
 /// How long a mirror is not asked again for what it did not have: every part of a blob would ask it first.
 const MISSING: Duration = Duration::from_secs(60);
+/// Most registries whose ways are remembered.
+const MOST_REGISTRIES: usize = 4096;
 /// Most missing things that are remembered of a mirror.
 const MOST_MISSING: usize = 4096;
 
@@ -41,6 +46,7 @@ pub(super) struct Ways {
     /// To registries of which nothing is said.
     plain: Arc<Way>,
     known: Mutex<HashMap<String, Known>>,
+    transports: Mutex<HashMap<Made, Arc<Transport>>>,
 }
 
 #[derive(Debug)]
@@ -67,6 +73,7 @@ impl Ways {
                 server,
             }),
             known: Mutex::default(),
+            transports: Mutex::default(),
         })
     }
 
@@ -112,7 +119,12 @@ impl Ways {
             way: Arc::clone(&way),
             checked,
         };
-        lock(&self.known).insert(registry, known);
+        let mut all = lock(&self.known);
+        if all.len() >= MOST_REGISTRIES {
+            // Only a crawler comes here. It costs a look at their files, and what was learned of their mirrors.
+            all.clear();
+        }
+        all.insert(registry, known);
         Ok(way)
     }
 
@@ -125,24 +137,10 @@ impl Ways {
 
     fn make(&self, read: &Registered) -> Result<Way, RegistryError> {
         let peer = |endpoint: &certs_d::Endpoint, is_mirror: bool| {
-            let mut config = self.config.clone();
-            config
-                .ca_files
-                .extend(endpoint.trust.ca_files.iter().cloned());
-            if let Some(time) = endpoint.trust.dial_timeout {
-                config.connect_timeout = time;
-            }
-            if let Some(base) = &endpoint.base
-                && base.scheme() == "http"
-            {
-                // Who writes it into such a file has asked for it.
-                config.plain_http.push(super::address::address_of(base));
-            }
-            let transport = Arc::new(Transport::new(&config, &endpoint.trust)?);
+            let transport = self.transport(endpoint)?;
             let sources = Arc::clone(&self.sources);
-            Ok::<_, RegistryError>(Arc::new(Peer::endpoint(
-                transport, sources, endpoint, is_mirror,
-            )))
+            let peer = Peer::endpoint(transport, sources, endpoint, is_mirror);
+            Ok::<_, RegistryError>(Arc::new(peer))
         };
         let mirrors = read.mirrors.iter().map(|mirror| peer(mirror, true));
         Ok(Way {
@@ -150,7 +148,37 @@ impl Ways {
             server: peer(&read.server, false)?,
         })
     }
+
+    /// The connections to a server, shared with all servers that are spoken to the same way.
+    fn transport(&self, endpoint: &certs_d::Endpoint) -> Result<Arc<Transport>, RegistryError> {
+        // Who writes plain HTTP into such a file has asked for it.
+        let clear = endpoint
+            .base
+            .as_ref()
+            .filter(|base| base.scheme() == "http");
+        let made: Made = (endpoint.trust.clone(), clear.map(address_of));
+        if made == Made::default() {
+            return Ok(Arc::clone(&self.plain.server.transport));
+        }
+        let mut transports = lock(&self.transports);
+        if let Some(transport) = transports.get(&made) {
+            return Ok(Arc::clone(transport));
+        }
+        let mut config = self.config.clone();
+        config.ca_files.extend(made.0.ca_files.iter().cloned());
+        config.plain_http.extend(made.1.clone());
+        if let Some(time) = made.0.dial_timeout {
+            config.connect_timeout = time;
+        }
+        let transport = Arc::new(Transport::new(&config, &made.0)?);
+        transports.retain(|_, transport| Arc::strong_count(transport) > 1);
+        transports.insert(made, Arc::clone(&transport));
+        Ok(transport)
+    }
 }
+
+/// What a transport is made for: how it trusts, and whom it may speak plain HTTP with.
+type Made = (Trust, Option<String>);
 
 fn unusable(unusable: Unusable) -> RegistryError {
     RegistryError::HostsFile {
@@ -202,8 +230,8 @@ impl Health {
         state.rest_until = None;
     }
 
-    /// It did not deliver `key`. Trouble is trouble for everything; a refusal is one of this alone.
-    pub(super) fn failed(&self, key: &str, error: &RegistryError, now: Instant) {
+    /// It did not deliver `key`, and took so long to fail. Trouble is trouble for everything; a refusal is one of this alone.
+    pub(super) fn failed(&self, key: &str, error: &RegistryError, now: Instant, took: Duration) {
         let mut state = lock(&self.0);
         let trouble = error.is_transient() || matches!(error, RegistryError::Tls { .. });
         if !trouble {
@@ -217,10 +245,12 @@ impl Health {
         }
         let own = FIRST_REST.saturating_mul(1 << state.failures.min(10));
         let asked = error.retry_after().unwrap_or_default();
+        // Of the time of those who read, one that answers nobody costs at most a small part.
+        let slow = took.saturating_mul(SLOW);
         // Of requests that fail together, the first counts.
         if state.rest_until.is_none_or(|until| until <= now) {
             state.failures += 1;
-            state.rest_until = Some(now + own.max(asked).min(LONGEST_REST));
+            state.rest_until = Some(now + own.max(asked).max(slow).min(LONGEST_REST));
         }
     }
 }
@@ -237,33 +267,43 @@ mod tests {
     fn trouble_rests_a_mirror_ever_longer_and_a_miss_concerns_one_thing() {
         let health = Health::default();
         let start = Instant::now();
+        let quick = Duration::ZERO;
         let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
         assert_eq!(health.advice("a", at(0.0)), Advice::Ask);
-        health.failed("a", &status(503, None), at(0.0));
-        health.failed("b", &status(503, None), at(0.1));
+        health.failed("a", &status(503, None), at(0.0), quick);
+        health.failed("b", &status(503, None), at(0.1), quick);
         assert_eq!(health.advice("b", at(0.9)), Advice::Rest);
         assert_eq!(
             health.advice("b", at(1.1)),
             Advice::Ask,
             "both were one failure"
         );
-        health.failed("a", &status(500, None), at(1.1));
+        health.failed("a", &status(500, None), at(1.1), quick);
         assert_eq!(health.advice("a", at(3.0)), Advice::Rest);
         assert_eq!(health.advice("a", at(3.2)), Advice::Ask);
         health.worked();
-        health.failed("a", &status(429, Some(20)), at(4.0));
+        health.failed("a", &status(429, Some(20)), at(4.0), quick);
         assert_eq!(health.advice("a", at(23.9)), Advice::Rest);
         assert_eq!(health.advice("a", at(24.1)), Advice::Ask);
         for n in 0..20 {
-            health.failed("a", &status(502, None), at(1000.0 * f64::from(n)));
+            health.failed("a", &status(502, None), at(1000.0 * f64::from(n)), quick);
         }
         assert_eq!(health.advice("a", at(19_059.0)), Advice::Rest);
         assert_eq!(health.advice("a", at(19_061.0)), Advice::Ask);
         health.worked();
 
         let at = |seconds: f64| at(20_000.0 + seconds);
-        health.failed("a", &status(404, None), at(0.0));
-        health.failed("c", &status(403, None), at(0.0));
+        health.failed("a", &status(503, None), at(0.0), Duration::from_secs(4));
+        assert_eq!(
+            health.advice("a", at(23.0)),
+            Advice::Rest,
+            "it took its time"
+        );
+        assert_eq!(health.advice("a", at(25.0)), Advice::Ask);
+        health.worked();
+        let at = |seconds: f64| at(100.0 + seconds);
+        health.failed("a", &status(404, None), at(0.0), quick);
+        health.failed("c", &status(403, None), at(0.0), quick);
         assert_eq!(health.advice("a", at(1.0)), Advice::Skip);
         assert_eq!(health.advice("b", at(1.0)), Advice::Ask);
         assert_eq!(health.advice("c", at(1.0)), Advice::Skip);

@@ -52,7 +52,7 @@ mod wire;
 pub use credentials::default_auth_files;
 pub use error::RegistryError;
 pub use hosts::Lane;
-pub use keep::{KeepError, Kept, forget_login, keep_login};
+pub use keep::{KeepError, Kept, forget_login, is_login_used, keep_login};
 pub use login::Accepted;
 pub use manifest::{Manifest, Resolved};
 pub use push::Pushed;

@@ -161,8 +161,8 @@ impl Peer {
                 what: call.what.clone(),
                 status: 401,
                 reason: format!(
-                    "{host} does not accept the password that the credential file has for `{user}`; log in again with \
-                     `docker login {host}` or `podman login {host}`"
+                    "{host} does not accept the password that is kept for `{user}`; log in again with \
+                     `ocifs login {host}`, `docker login {host}` or `podman login {host}`"
                 ),
             });
         }

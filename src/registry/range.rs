@@ -57,7 +57,7 @@ impl BodyStream {
         let next = self.receive().await;
         if let Some((mirror, key)) = self.mirror.as_deref() {
             match &next {
-                Err(error) => mirror.failed(key, error, Instant::now()),
+                Err(error) => mirror.failed(key, error, Instant::now(), Duration::ZERO),
                 Ok(None) => mirror.worked(),
                 Ok(Some(_)) => {}
             }

@@ -221,6 +221,33 @@ fn an_identity_token_is_kept_as_such() {
 }
 
 #[test]
+fn a_login_that_another_file_hides_is_told() {
+    let registry = Registry::start(Access::Htpasswd);
+    let (podman, docker) = (scratch("podman"), scratch("docker"));
+    fs::create_dir(podman.path().join("containers")).unwrap();
+    let login = || {
+        let mut command = ocifs(["login", "-u", USER, "--password-stdin", "--ca-file"]);
+        command.arg(registry.ca().unwrap()).arg(registry.host());
+        command
+            .env("XDG_RUNTIME_DIR", podman.path())
+            .env("DOCKER_CONFIG", docker.path());
+        let output = run_with_input(&mut command, PASSWORD.as_bytes(), PATIENCE);
+        assert!(output.status.success(), "{output}");
+        output.stderr
+    };
+    assert!(!login().contains("warning"));
+    assert!(docker.path().join("config.json").exists());
+    let other = json!({"auths": {registry.host(): {"auth": "Ym9iOm90aGVy"}}});
+    fs::write(
+        podman.path().join("containers/auth.json"),
+        other.to_string(),
+    )
+    .unwrap();
+    let said = login();
+    assert!(said.contains("another login"), "{said}");
+}
+
+#[test]
 fn at_a_terminal_the_password_is_asked_for_and_not_shown() {
     let registry = Registry::start(Access::Htpasswd);
     let helpers = Helpers::new();
