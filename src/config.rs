@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blob::BlobConfig;
-use crate::model::ModelConfig;
+use crate::model::{ModelConfig, Platform};
 use crate::registry::{RegistryConfig, default_auth_files};
 
 mod file;
@@ -91,6 +91,10 @@ pub const SETTINGS: &[Setting] = &[
     one(
         "metadata-timeout",
         "how long a lookup, an open or a listing may wait in all",
+    ),
+    one(
+        "platform",
+        "which image of an index is shown, as os/architecture[/variant]",
     ),
     one(
         "connect-timeout",
@@ -522,6 +526,9 @@ impl Settings {
                 metadata_timeout: values
                     .read("metadata-timeout", positive)?
                     .unwrap_or(seconds(20)),
+                platform: values
+                    .read("platform", Platform::asked)?
+                    .unwrap_or_default(),
             },
         })
     }

@@ -46,16 +46,21 @@ if ((${#missing[@]})); then
 fi
 
 environment=${OCIFS_TEST_ENV:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/ocifs-tests}
-wanted=$(sha256sum <tests/py/requirements.txt | cut -d' ' -f1)
+# llama.cpp with its CPU build, as npm packages carry it; Node itself comes from a Python package, Debian's is too old.
+node_packages=(node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1)
+wanted=$({ cat tests/py/requirements.txt; echo "${node_packages[@]}"; } | sha256sum | cut -d' ' -f1)
 mkdir -p "${environment}"
 # One at a time: two checkouts may share the environment.
 exec 9>"${environment}/lock"
 flock 9
 if [[ $(cat "${environment}/ready" 2>/dev/null) != "${wanted}" ]]; then
     say "making the Python environment in ${environment}"
-    rm -rf "${environment}/venv" "${environment}/ready"
+    rm -rf "${environment}/venv" "${environment}/node_modules" "${environment}/ready"
     /usr/bin/python3 -m venv --system-site-packages "${environment}/venv"
     retry "${environment}/venv/bin/python3" -m pip install -q --no-input --retries 5 -r tests/py/requirements.txt </dev/null
+    # Nothing is run while it installs: the binary is in the package.
+    retry env PATH="${environment}/venv/bin:${PATH}" npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional \
+        --prefix "${environment}" "${node_packages[@]}" </dev/null
     # The pinned libraries must be the ones that are found, not newer or older ones of the system.
     "${environment}/venv/bin/python3" - <<'PY'
 import modelpack_client, oras, safetensors, tokenizers, torch, transformers

@@ -134,6 +134,9 @@ pub struct Reading {
     /// Let a read of weights wait up to TIME (90s, 5m) in all for a registry that does not deliver. [default: 5m]
     #[arg(long, value_name = "TIME", help_heading = "Registry")]
     pub read_timeout: Option<String>,
+    /// Of an image index, show the image for OS/ARCH[/VARIANT] (linux/arm64). [default: this machine's]
+    #[arg(long, value_name = "OS/ARCH", help_heading = "Registry")]
+    pub platform: Option<String>,
 }
 
 /// `ocifs mount`.

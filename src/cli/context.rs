@@ -101,7 +101,9 @@ pub(super) async fn look_up(
     reference: &Reference,
 ) -> Result<std::sync::Arc<Model>> {
     let digest = models.resolve(reference).await?;
-    Ok(models.inspect(reference.repository(), &digest).await?)
+    Ok(models
+        .inspect_patiently(reference.repository(), &digest)
+        .await?)
 }
 
 /// The time that looking into one file may take.

@@ -10,7 +10,7 @@ use super::interrupt::unless_interrupted;
 use super::output::{Align, line, printable, table};
 use super::{context, output};
 use crate::base::{ByteRange, ByteSize, Digest};
-use crate::model::{File, Header, Model};
+use crate::model::{Descriptor, File, Header, Model};
 use crate::pack::Timestamp;
 use crate::registry::Reference;
 
@@ -36,10 +36,19 @@ pub(super) fn run(global: &Global, args: &Inspect) -> Result<Exit> {
             false => Vec::new(),
         };
         let config = config(&model).await;
+        // What refers to the model is no part of it: that it cannot be listed is no failure.
+        let asked = models.referrers(reference.repository(), &model.digest);
+        let referrers = asked.await.unwrap_or_else(|error| {
+            tracing::info!(%error, "what refers to it cannot be listed");
+            Vec::new()
+        });
         if args.json {
-            output::json(&document(&reference, &model, config, &tensors))?;
+            let mut document = document(&reference, &model, config, &tensors);
+            document["referrers"] = json!(referrers);
+            output::json(&document)?;
         } else {
             print(&reference, &model, config.as_ref(), &tensors)?;
+            print_referrers(&referrers)?;
         }
         Ok(Exit::Ok)
     }))
@@ -174,6 +183,20 @@ fn print(
         })
         .collect();
     table([Align::Right, Align::Left, Align::Left], &files)?;
+    if !model.links.is_empty() {
+        line("\nlinks")?;
+        let links: Vec<[String; 2]> = model
+            .links
+            .iter()
+            .map(|link| {
+                [
+                    printable(&link.path),
+                    format!("-> {}", printable(&link.target)),
+                ]
+            })
+            .collect();
+        table([Align::Left, Align::Left], &links)?;
+    }
 
     for (path, header) in tensors {
         line(format_args!("\ntensors of {}", printable(path)))?;
@@ -186,6 +209,29 @@ fn print(
             .iter()
             .try_for_each(|note| line(format_args!("  {}", printable(note))))?;
     }
+    Ok(())
+}
+
+fn print_referrers(referrers: &[Descriptor]) -> Result<()> {
+    if referrers.is_empty() {
+        return Ok(());
+    }
+    line("\nreferrers")?;
+    let rows: Vec<[String; 3]> = referrers
+        .iter()
+        .map(|referrer| {
+            let kind = referrer
+                .artifact_type
+                .as_ref()
+                .unwrap_or(&referrer.media_type);
+            [
+                ByteSize(referrer.size).to_string(),
+                short(&referrer.digest),
+                printable(kind),
+            ]
+        })
+        .collect();
+    table([Align::Right, Align::Left, Align::Left], &rows)?;
     Ok(())
 }
 
@@ -237,6 +283,11 @@ fn document(
             document
         })
         .collect();
+    let links: Vec<Value> = model
+        .links
+        .iter()
+        .map(|link| json!({ "path": link.path, "target": link.target }))
+        .collect();
     json!({
         "reference": reference.to_string(),
         "digest": model.digest,
@@ -247,6 +298,7 @@ fn document(
         "manifest": model.manifest,
         "config": config,
         "files": files,
+        "links": links,
         "notes": model.notes,
         "problem": model.problem,
     })

@@ -10,7 +10,7 @@ use super::interrupt::unless_interrupted;
 use super::output::{Align, printable};
 use super::{context, output};
 use crate::base::ByteSize;
-use crate::model::File;
+use crate::model::{File, Link};
 use crate::registry::Reference;
 
 pub(super) fn run(global: &Global, args: &Ls) -> Result<Exit> {
@@ -19,6 +19,10 @@ pub(super) fn run(global: &Global, args: &Ls) -> Result<Exit> {
     context::block_on(unless_interrupted(async {
         let (models, _) = context::models(&settings)?;
         let digest = models.resolve(&reference).await?;
+        // First patiently: what cannot be used is then told by `open` at once.
+        models
+            .inspect_patiently(reference.repository(), &digest)
+            .await?;
         let model = models.open(reference.repository(), &digest).await?;
         let path = args.path.as_deref().unwrap_or("").trim_matches('/');
         let files: Vec<&File> = model
@@ -26,7 +30,12 @@ pub(super) fn run(global: &Global, args: &Ls) -> Result<Exit> {
             .iter()
             .filter(|file| lies_in(&file.path, path))
             .collect();
-        if files.is_empty() {
+        let links: Vec<&Link> = model
+            .links
+            .iter()
+            .filter(|link| lies_in(&link.path, path))
+            .collect();
+        if files.is_empty() && links.is_empty() {
             let failure = Failure::new(
                 Exit::NotFound,
                 format!("{reference} has no file or folder `{path}`"),
@@ -37,12 +46,20 @@ pub(super) fn run(global: &Global, args: &Ls) -> Result<Exit> {
         }
         if args.json {
             let files: Vec<Value> = files.iter().map(|file| document(file)).collect();
+            let links: Vec<Value> = links
+                .iter()
+                .map(|link| json!({ "path": link.path, "target": link.target }))
+                .collect();
             output::json(
-                &json!({ "reference": reference.to_string(), "digest": digest, "files": files }),
+                &json!({ "reference": reference.to_string(), "digest": digest, "files": files, "links": links }),
             )?;
             return Ok(Exit::Ok);
         }
-        let rows: Vec<[String; 3]> = files.iter().map(|file| row(file)).collect();
+        let mut rows: Vec<[String; 3]> = files.iter().map(|file| row(file)).collect();
+        rows.extend(links.iter().map(|link| {
+            let shown = format!("{} -> {}", printable(&link.path), printable(&link.target));
+            [String::new(), "link".to_owned(), shown]
+        }));
         output::table([Align::Right, Align::Right, Align::Left], &rows)?;
         Ok(Exit::Ok)
     }))

@@ -76,7 +76,9 @@ async fn pull(
         Err(crate::model::ModelError::Offline { .. }) => models.resolve(reference).await?,
         answer => answer?,
     };
-    let model = models.inspect(reference.repository(), &digest).await?;
+    let model = models
+        .inspect_patiently(reference.repository(), &digest)
+        .await?;
     let cached = |model: &Model| model.blobs.iter().map(LazyBlob::cached).sum::<u64>();
     let before = cached(&model);
     let downloads = model

@@ -53,6 +53,7 @@ impl Reading {
         self.registry.give(&mut values);
         switch(&mut values, "offline", self.offline);
         one(&mut values, "read-timeout", &self.read_timeout);
+        one(&mut values, "platform", &self.platform);
         values
     }
 }

@@ -14,7 +14,7 @@ use crate::registry::{Reference, Repository};
 use super::ModelError;
 use super::chunked;
 use super::layout::{Placed, Source};
-use super::manifest::{Descriptor, Manifest};
+use super::manifest::{Descriptor, Manifest, Platform};
 use super::tar::{Form, Listing};
 use super::unpacked::{Unpacked, UnpackedLayers};
 use crate::cache::NoteKind;
@@ -35,6 +35,10 @@ pub(super) struct BlobId {
 pub(super) trait Fetch: Sync {
     /// What is opened, for messages.
     fn what(&self, digest: &Digest) -> String;
+    /// Which image of an index is shown.
+    fn platform(&self) -> Platform {
+        Platform::default()
+    }
     /// A manifest, checked against its digest, and the media type that the registry gave it (may be empty).
     fn manifest(
         &self,
@@ -128,6 +132,7 @@ pub(super) struct Remote {
     manifest_timeout: Duration,
     open: Mutex<HashMap<Digest, Hold>>,
     layers: UnpackedLayers,
+    platform: Platform,
 }
 
 impl Remote {
@@ -137,9 +142,11 @@ impl Remote {
         layers: UnpackedLayers,
         repository: Repository,
         manifest_timeout: Duration,
+        platform: Platform,
     ) -> Self {
         Self {
             layers,
+            platform,
             blobs,
             repository,
             manifest_timeout,
@@ -176,6 +183,10 @@ impl Remote {
 impl Fetch for Remote {
     fn what(&self, digest: &Digest) -> String {
         Reference::pinned(self.repository.clone(), *digest).to_string()
+    }
+
+    fn platform(&self) -> Platform {
+        self.platform.clone()
     }
 
     async fn manifest(&self, digest: Digest) -> Result<(Bytes, String), ModelError> {

@@ -211,20 +211,93 @@ fn check_sizes(manifest: &Manifest) -> Result<(), String> {
     Ok(())
 }
 
-/// Picks the manifest of an index that is shown: the only one, else the model among them, else linux/amd64's.
+/// Which manifest of an index is shown where several are for containers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Platform {
+    /// `os/architecture`, or `os/architecture/variant`.
+    name: String,
+    /// Whether somebody asked for it; then no other will do.
+    asked: bool,
+}
+
+impl Platform {
+    /// The one that was asked for: `linux/arm64`, `linux/arm/v7`.
+    ///
+    /// # Errors
+    /// When it is not of that form.
+    pub fn asked(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.split('/').collect();
+        let good = |part: &&str| {
+            !part.is_empty()
+                && part
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        };
+        if !(2..=3).contains(&parts.len()) || !parts.iter().all(good) {
+            return Err(format!(
+                "`{text}` is no platform; write it as linux/amd64 or linux/arm/v7"
+            ));
+        }
+        Ok(Self {
+            name: text.to_owned(),
+            asked: true,
+        })
+    }
+
+    /// Whether a descriptor is for it. Without a variant any will do.
+    fn is(&self, descriptor: &Descriptor) -> bool {
+        descriptor.platform.as_deref().is_some_and(|platform| {
+            platform
+                .strip_prefix(self.name.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        })
+    }
+}
+
+impl Default for Platform {
+    /// This machine's, in Go's words, as everywhere in OCI.
+    fn default() -> Self {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            "x86" => "386",
+            "powerpc64" => "ppc64le",
+            other => other,
+        };
+        Self {
+            name: format!("linux/{architecture}"),
+            asked: false,
+        }
+    }
+}
+
+/// Picks the manifest of an index that is shown: the only one, else the model among them, else that of the platform.
 ///
-/// Build attestations are never picked. The error is a reason for people.
-pub(super) fn choose(manifests: &[Descriptor]) -> Result<&Descriptor, String> {
+/// Build attestations are never picked. Where nobody asked for a platform and this machine's is not there, linux/amd64's is
+/// shown: a model is the same for all. The error is a reason for people.
+pub(super) fn choose<'a>(
+    manifests: &'a [Descriptor],
+    platform: &Platform,
+) -> Result<&'a Descriptor, String> {
     let candidates: Vec<&Descriptor> = manifests
         .iter()
         .filter(|d| matches!(d.media_type.as_str(), "" | OCI_MANIFEST | DOCKER_MANIFEST))
         .filter(|d| !d.annotations.contains_key("vnd.docker.reference.type"))
         .collect();
-    if let [only] = candidates[..] {
+    // The image-spec lets the first match win.
+    if let Some(first) = candidates.iter().find(|d| platform.asked && platform.is(d)) {
+        return Ok(first);
+    }
+    let other = |only: &Descriptor| platform.asked && only.platform.is_some();
+    if let [only] = candidates[..]
+        && !other(only)
+    {
         return Ok(only);
     }
     let models: Vec<&Descriptor> = candidates.iter().copied().filter(|d| is_model(d)).collect();
-    if let [only] = models[..] {
+    if let [only] = models[..]
+        && !other(only)
+    {
         return Ok(only);
     }
     let pool = if models.is_empty() {
@@ -232,11 +305,12 @@ pub(super) fn choose(manifests: &[Descriptor]) -> Result<&Descriptor, String> {
     } else {
         &models
     };
-    // The image-spec lets the first match win.
-    if let Some(first) = pool
-        .iter()
-        .find(|d| d.platform.as_deref() == Some("linux/amd64"))
-    {
+    let of = |wanted: &Platform| pool.iter().find(|d| wanted.is(d)).copied();
+    let fallback = Platform {
+        name: "linux/amd64".to_owned(),
+        asked: false,
+    };
+    if let Some(first) = of(platform).or_else(|| of(&fallback).filter(|_| !platform.asked)) {
         return Ok(first);
     }
     if manifests.is_empty() {
@@ -255,8 +329,9 @@ pub(super) fn choose(manifests: &[Descriptor]) -> Result<&Descriptor, String> {
         })
         .collect();
     Err(format!(
-        "its index lists {} manifests, and neither is one of them alone a model nor for linux/amd64: {}{}; name one of them by its digest",
+        "its index lists {} manifests, and neither is one of them alone a model nor for {}: {}{}; name one of them by its digest, or a platform by --platform",
         manifests.len(),
+        platform.name,
         listed.join(", "),
         if manifests.len() > listed.len() {
             ", …"
@@ -448,7 +523,11 @@ mod tests {
         else {
             panic!()
         };
-        choose(&manifests).map(|d| d.digest.as_bytes()[0])
+        let amd64 = Platform {
+            name: "linux/amd64".into(),
+            asked: false,
+        };
+        choose(&manifests, &amd64).map(|d| d.digest.as_bytes()[0])
     }
 
     #[test]
@@ -494,6 +573,43 @@ mod tests {
         }
         let many = (0..200).map(|n| entry(n, platform("arm64"))).collect();
         assert!(choice(many).unwrap_err().len() < 2000);
+    }
+
+    #[test]
+    fn a_platform_that_was_asked_for_is_that_or_none() {
+        let platform = |os: &str, arch: &str, variant: &str| json!({"platform": {"os": os, "architecture": arch, "variant": variant}});
+        let entries = json!({"schemaVersion": 2, "manifests": [
+            entry(1, platform("linux", "amd64", "")),
+            entry(2, platform("linux", "arm", "v6")),
+            entry(3, platform("linux", "arm", "v7")),
+            entry(4, platform("linux", "arm64", "v8")),
+        ]});
+        let Ok(Document::Index(manifests)) = read(&entries) else {
+            panic!()
+        };
+        let chosen = |text: &str| {
+            let platform = Platform::asked(text).unwrap();
+            choose(&manifests, &platform).map(|d| d.digest.as_bytes()[0])
+        };
+        assert_eq!(chosen("linux/arm64"), Ok(4));
+        assert_eq!(chosen("linux/arm/v7"), Ok(3));
+        assert_eq!(chosen("linux/arm"), Ok(2));
+        assert!(chosen("linux/s390x").unwrap_err().contains("linux/s390x"));
+        assert!(chosen("windows/amd64").is_err());
+        let only = std::slice::from_ref(&manifests[0]);
+        assert!(choose(only, &Platform::asked("linux/arm64").unwrap()).is_err());
+        // Who did not ask gets what there is.
+        let unasked = Platform {
+            name: "linux/riscv64".into(),
+            asked: false,
+        };
+        assert_eq!(
+            choose(&manifests, &unasked).map(|d| d.digest.as_bytes()[0]),
+            Ok(1)
+        );
+        for bad in ["", "linux", "linux/", "a/b/c/d", "linux/ä"] {
+            assert!(Platform::asked(bad).is_err(), "{bad}");
+        }
     }
 
     proptest! {

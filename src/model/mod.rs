@@ -4,12 +4,15 @@
 //!
 //! ```text
 //! reference ─ answers ─▶ digest ─ fetch ─▶ manifest ─ convention ─▶ steps ─ layout ─▶ paths ─▶ Model
-//!                                             tar layers ─ tar ──────────────┤
+//!                                             tar layers ─ tar, toc ─────────┤
 //!                                             nameless shards ─ safetensors, shards, index
 //! ```
 //!
-//! What decides is pure and tested by itself: `manifest`, `convention`, `names`, `tar`, `safetensors`, `shards`, `index`,
-//! `layout`, `answers`. What acts is in `plan` and `weights` (in which order to read what, over the small trait of
+//! A file's bytes are a range of a lazy blob; of a layer that is compressed as a whole, a range of what it is decompressed to
+//! (`unpacked`, once, into the cache); of one that is compressed piece by piece, such pieces (`chunked`).
+//!
+//! What decides is pure and tested by itself: `manifest`, `convention`, `names`, `tar`, `toc`, `safetensors`, `shards`, `index`,
+//! `layout`, `overlay`, `links`, `answers`. What acts is in `plan` and `weights` (in which order to read what, over the small trait of
 //! `fetch`) and in `models` (sharing, deadlines, what is remembered). No byte of a weight is read to build a model, beyond the headers of
 //! safetensors layers that have no name or no index.
 
@@ -50,7 +53,7 @@ mod unpacked;
 mod weights;
 
 pub use chunked::ChunkedFile;
-pub use manifest::{Descriptor, Manifest};
+pub use manifest::{Descriptor, Manifest, Platform};
 pub use models::Models;
 pub use safetensors::{Header, Malformed, Tensor};
 pub use unpacked::{Unpacked, UnpackedHold};
@@ -62,6 +65,8 @@ pub struct ModelConfig {
     pub tag_ttl: Duration,
     /// The time that a lookup, an open or a listing may take in all.
     pub metadata_timeout: Duration,
+    /// Which image of an index is shown.
+    pub platform: Platform,
 }
 
 /// What can go wrong between a reference and its files. Cheap to clone: every waiter gets it.

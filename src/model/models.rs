@@ -15,7 +15,7 @@ use super::chunked::Pieces;
 use super::fetch::{LARGEST_MANIFEST, Remote, on_disk};
 use super::flight::Flights;
 use super::layout::Source;
-use super::manifest::Manifest;
+use super::manifest::{self, Descriptor, Document, Manifest};
 use super::plan::{Plan, PlannedFile, build};
 use super::plans::Plans;
 use super::unpacked::UnpackedLayers;
@@ -168,6 +168,56 @@ impl Models {
             None => self.plan(repository, *digest).await?,
         };
         Ok(self.shared.share(&plan, repository))
+    }
+
+    /// Like [`inspect`](Self::inspect), but waits for as long as there is work that goes on: a model of compressed
+    /// layers is known when they are unpacked. For commands; what the kernel waits for must not.
+    pub async fn inspect_patiently(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Result<Arc<Model>, ModelError> {
+        let mut told = false;
+        loop {
+            match self.inspect(repository, digest).await {
+                Err(ModelError::Timeout { reference, .. }) => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(reference, "layers that are compressed are unpacked first");
+                    }
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// What refers to a manifest: signatures, attestations, and whatever else names it as its subject.
+    pub async fn referrers(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+    ) -> Result<Vec<Descriptor>, ModelError> {
+        let reference = Reference::pinned(repository.clone(), *digest).to_string();
+        if self.shared.blobs.config().offline {
+            return Err(ModelError::Offline { reference });
+        }
+        let deadline = Deadline::after(self.shared.question_timeout());
+        let registry = self.shared.blobs.registry();
+        let found = registry.referrers(repository, digest, deadline).await;
+        let found = found.map_err(|error| ModelError::Registry {
+            reference: reference.clone(),
+            source: Arc::new(error),
+        })?;
+        let Some(index) = found else {
+            return Ok(Vec::new());
+        };
+        match manifest::parse(&index, "") {
+            Ok(Document::Index(referrers)) => Ok(referrers),
+            Ok(Document::Manifest(_)) => Err(ModelError::Unusable {
+                reference,
+                reason: "what refers to it is told in no index".into(),
+            }),
+            Err(reason) => Err(ModelError::Unusable { reference, reason }),
+        }
     }
 
     async fn plan(&self, repository: &Repository, digest: Digest) -> Result<Arc<Plan>, ModelError> {
@@ -402,6 +452,7 @@ impl Shared {
             self.layers.clone(),
             repository.clone(),
             self.question_timeout(),
+            self.config.platform.clone(),
         );
         match build(&fetch, *digest).await {
             Ok(plan) => {

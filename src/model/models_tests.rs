@@ -178,6 +178,7 @@ fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
         ModelConfig {
             tag_ttl,
             metadata_timeout: Duration::from_secs(10),
+            platform: crate::model::Platform::default(),
         },
     )
 }

@@ -318,8 +318,8 @@ async fn read_manifest<F: Fetch>(fetch: &F, digest: Digest) -> Result<Chosen, Mo
                 });
             }
             Document::Index(manifests) => {
-                let chosen =
-                    manifest::choose(&manifests).map_err(|reason| unusable(&digest, reason))?;
+                let chosen = manifest::choose(&manifests, &fetch.platform())
+                    .map_err(|reason| unusable(&digest, reason))?;
                 (chosen.digest, bytes)
             }
         };

@@ -105,8 +105,19 @@ pub(super) fn package(
     }
     manifest.insert("config".to_owned(), descriptor(&config));
     manifest.insert("layers".to_owned(), layers.iter().map(descriptor).collect());
-    if let Some(created) = options.created {
-        let annotations = json!({ "org.opencontainers.image.created": created.to_string() });
+    // The predefined annotations of the image-spec (annotations.md); several licences are no SPDX expression.
+    let licence = match &facts.licences[..] {
+        [only] => Some(Value::from(only.as_str())),
+        _ => None,
+    };
+    let created = options
+        .created
+        .map(|created| Value::from(created.to_string()));
+    let annotations = present([
+        ("org.opencontainers.image.created", created),
+        ("org.opencontainers.image.licenses", licence),
+    ]);
+    if annotations.as_object().is_some_and(|map| !map.is_empty()) {
         manifest.insert("annotations".to_owned(), annotations);
     }
     let manifest = Bytes::from(Value::Object(manifest).to_string());
@@ -176,6 +187,7 @@ fn modelpack_config(facts: &Facts, options: &Options, diff_ids: &[Digest]) -> Va
         "descriptor": present([
             ("createdAt", options.created.map(|created| Value::from(created.to_string()))),
             ("family", facts.architecture.clone().map(Value::from)),
+            ("licenses", (!facts.licences.is_empty()).then(|| Value::from(facts.licences.clone()))),
         ]),
         "modelfs": { "type": "layers", "diffIds": diff_ids },
         "config": present([

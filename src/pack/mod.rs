@@ -6,7 +6,9 @@
 //! The result depends on file names and contents alone (and on [`Options::created`], where it is given): not on
 //! times, owners, modes or the order of directory entries. The same directory has the same digest everywhere.
 
+mod card;
 mod classify;
+mod gguf;
 pub mod layout;
 mod manifest;
 mod scan;

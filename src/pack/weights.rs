@@ -30,6 +30,8 @@ pub(super) struct Facts {
     pub(super) quantization: Option<String>,
     /// `max_position_embeddings` of `config.json`.
     pub(super) context_size: Option<u32>,
+    /// The licences that the model card names, as SPDX spells them.
+    pub(super) licences: Vec<String>,
     /// The sum of the weight files' sizes.
     pub(super) weight_bytes: u64,
 }
@@ -82,6 +84,14 @@ pub(super) fn facts(
             .max_by_key(|(_, count)| *count)
             .map(|(dtype, _)| dtype);
     }
+    gguf_facts(files, &mut facts, notes);
+    let card = files
+        .iter()
+        .find(|file| file.path == "README.md" && file.size <= LARGEST_CONFIG);
+    if let Some(card) = card {
+        let text = fs::read(&card.source).map_err(PackError::io("read", &card.source))?;
+        facts.licences = super::card::licences(&String::from_utf8_lossy(&text));
+    }
     let path = dir.join("config.json");
     if files
         .iter()
@@ -90,16 +100,54 @@ pub(super) fn facts(
         let text = fs::read(&path).map_err(PackError::io("read", &path))?;
         match serde_json::from_slice::<ModelConfig>(&text) {
             Ok(config) => {
-                facts.architecture = config.model_type;
-                facts.quantization = config
-                    .quantization_config
-                    .and_then(|quantization| quantization.quant_method);
-                facts.context_size = config.max_position_embeddings;
+                facts.architecture = config.model_type.or(facts.architecture);
+                let quantization = config.quantization_config;
+                facts.quantization = quantization
+                    .and_then(|quantization| quantization.quant_method)
+                    .or(facts.quantization);
+                facts.context_size = config.max_position_embeddings.or(facts.context_size);
             }
             Err(error) => notes.push(format!("config.json: {error}")),
         }
     }
     Ok(facts)
+}
+
+/// What GGUF files tell, where no safetensors did: of a split one each tells its own tensors.
+fn gguf_facts(files: &[SourceFile], facts: &mut Facts, notes: &mut Vec<String>) {
+    if facts.parameters.is_some() {
+        return;
+    }
+    let mut total = 0_u64;
+    for file in files {
+        let name = file.path.to_ascii_lowercase();
+        // A projector beside a model has an architecture of its own.
+        if !name.ends_with(".gguf") || name.contains("mmproj") {
+            continue;
+        }
+        match super::gguf::read(&file.source) {
+            Ok(gguf) => {
+                total = total.saturating_add(gguf.parameters);
+                facts.architecture = facts.architecture.take().or(gguf.architecture);
+                facts.context_size = facts.context_size.or(gguf.context_size);
+                match gguf.file_type {
+                    Some(plain @ ("F32" | "F16" | "BF16")) => {
+                        facts.precision.get_or_insert_with(|| plain.to_owned());
+                    }
+                    Some(quantised) => {
+                        facts
+                            .quantization
+                            .get_or_insert_with(|| quantised.to_owned());
+                    }
+                    None => {}
+                }
+            }
+            Err(reason) => notes.push(format!("{}: {reason}", file.path)),
+        }
+    }
+    if total > 0 {
+        facts.parameters = Some(total);
+    }
 }
 
 /// The fields of a transformers `config.json` that the artifact's config repeats.

@@ -38,6 +38,7 @@ mod pool;
 mod push;
 mod range;
 mod reference;
+mod referrers;
 mod retry;
 mod tags;
 #[cfg(test)]
@@ -191,6 +192,17 @@ impl Registry {
         deadline: Deadline,
     ) -> Result<Vec<Tag>, RegistryError> {
         self.client.tags(repository, limit, deadline).await
+    }
+
+    /// What names a manifest as its subject: an image index, by the API or by the tag that takes its place; `None` where there is
+    /// neither. Not checked against any digest: it has none.
+    pub async fn referrers(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        deadline: Deadline,
+    ) -> Result<Option<Bytes>, RegistryError> {
+        self.client.referrers(repository, digest, deadline).await
     }
 
     /// Whether a repository has a blob.

@@ -15,7 +15,7 @@ use crate::support::registry::Registry;
 use crate::support::{heavy, scratch};
 
 /// A random Llama and its tokenizer, saved by transformers in shards of at most `shard`.
-fn llama(shard: &str) -> (TempDir, Files) {
+pub(crate) fn llama(shard: &str) -> (TempDir, Files) {
     let dir = scratch("llama");
     python("make_llama.py", [dir.path().to_str().unwrap(), shard]).ok();
     let files = read_tree(dir.path());

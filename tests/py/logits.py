@@ -1,4 +1,4 @@
-"""Loads a directory by from_pretrained, runs a forward pass and prints what came out: logits.py DIR."""
+"""Loads directories by from_pretrained, runs a forward pass and prints what came out, a line for each: logits.py DIR..."""
 
 import hashlib
 import json
@@ -10,7 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def main() -> None:
     torch.set_num_threads(1)
-    directory = sys.argv[1]
+    for directory in sys.argv[1:]:
+        forward(directory)
+
+
+def forward(directory: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     # An error for weights that are missing or left over, in place of random ones.
     model, info = AutoModelForCausalLM.from_pretrained(

@@ -364,7 +364,9 @@ impl Shared {
         let (mut rate, mut corrupt, mut extra) = (None, None, 0);
         // Where the body ends early, and how.
         let mut cut: Option<(u64, &Fault)> = None;
-        for fault in faults.iter().filter(|_| succeeded) {
+        // What is not there can only be replaced.
+        let applies = |fault: &&Fault| succeeded || matches!(fault, Fault::Replace(..));
+        for fault in faults.iter().filter(applies) {
             match fault {
                 Fault::Throttle(bytes) => rate = Some(*bytes),
                 Fault::Corrupt(offset) => corrupt = Some(*offset),

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::process::{Output, run_command};
 
-/// The interpreter: `OCIFS_TEST_ENV`, else where `tests/setup.sh` puts it.
-fn interpreter() -> PathBuf {
-    let environment = std::env::var_os("OCIFS_TEST_ENV")
+/// What `tests/setup.sh` made: `OCIFS_TEST_ENV`, else where it puts it.
+pub fn environment() -> PathBuf {
+    std::env::var_os("OCIFS_TEST_ENV")
         .map(PathBuf::from)
         .unwrap_or_else(|| {
             let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
@@ -17,8 +17,11 @@ fn interpreter() -> PathBuf {
             cache
                 .unwrap_or_else(|| home().join(".cache"))
                 .join("ocifs-tests")
-        });
-    let python = environment.join("venv/bin/python3");
+        })
+}
+
+fn interpreter() -> PathBuf {
+    let python = environment().join("venv/bin/python3");
     assert!(
         python.exists(),
         "{} is missing; tests/setup.sh makes it",
