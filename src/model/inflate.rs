@@ -51,6 +51,45 @@ impl Compression {
     }
 }
 
+/// What the two ends of a compressed stream tell of its uncompressed size: the size itself, or what is left of it when it is
+/// divided by 2^32. It is a claim, and of the last gzip member or the first zstd frame alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claimed {
+    /// The size.
+    Size(u64),
+    /// The size modulo 2^32 (RFC 1952, `ISIZE`).
+    Modulo(u32),
+}
+
+impl Claimed {
+    /// Bytes of a stream's start that are enough to see it.
+    pub(super) const START: u64 = 32;
+    /// Bytes of a stream's end that are enough.
+    pub(super) const END: u64 = 4;
+
+    /// From the first and the last bytes of a stream.
+    pub(super) fn of(start: &[u8], end: &[u8]) -> Option<Self> {
+        match Compression::of(start)? {
+            Compression::Gzip => {
+                let size = end.last_chunk::<4>()?;
+                Some(Self::Modulo(u32::from_le_bytes(*size)))
+            }
+            Compression::Zstd => {
+                let size = zstd::zstd_safe::get_frame_content_size(start).ok()??;
+                Some(Self::Size(size))
+            }
+        }
+    }
+
+    /// Whether the size may be this.
+    pub(super) fn is(self, size: u64) -> bool {
+        match self {
+            Self::Size(claimed) => claimed == size,
+            Self::Modulo(claimed) => claimed == size as u32,
+        }
+    }
+}
+
 /// Whether `made` bytes out of `taken` are more than any layer of a model would have.
 pub(super) fn is_bomb(taken: u64, made: u64) -> bool {
     made > HARMLESS && made / LARGEST_RATIO > taken
@@ -110,6 +149,23 @@ mod tests {
         }
         assert_eq!(Compression::of(b"PK"), None);
         assert_eq!(Compression::of(b""), None);
+    }
+
+    #[test]
+    fn both_ends_claim_a_size() {
+        let content = vec![7; 100_000];
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.set_pledged_src_size(Some(100_000)).unwrap();
+        encoder.write_all(&content).unwrap();
+        for stream in [gzip(&content), encoder.finish().unwrap()] {
+            let claimed = Claimed::of(&stream[..32], &stream[stream.len() - 4..]).unwrap();
+            assert!(claimed.is(100_000) && !claimed.is(100_001));
+        }
+        let streamed = zstd::encode_all(&content[..], 1).unwrap();
+        assert_eq!(Claimed::of(&streamed[..32], b"1234"), None);
+        // Larger than the field.
+        assert!(Claimed::Modulo(5).is((1 << 32) + 5));
+        assert_eq!(Claimed::of(b"", b""), None);
     }
 
     #[test]

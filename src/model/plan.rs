@@ -9,13 +9,14 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use crate::base::Digest;
+use crate::base::{ByteRange, Digest};
 use crate::blob::BlobError;
 
 use super::ModelError;
 use super::convention::{self, Role, Step};
 use super::created::created;
 use super::fetch::{BlobId, Fetch, whole};
+use super::inflate::Claimed;
 use super::layout::{self, Placed, Source};
 use super::manifest::{self, Descriptor, Document, Manifest};
 use super::notes::quote;
@@ -471,6 +472,9 @@ async fn list_compressed<F: Fetch>(
     fetch: &F,
     layer: &Descriptor,
 ) -> Result<Result<Listing, TarError>, ModelError> {
+    if let Some(listing) = list_single(fetch, layer).await? {
+        return Ok(Ok(listing));
+    }
     let size = match fetch.unpack(layer).await {
         Ok(size) => size,
         // It will be no better the next time: the model is shown without the layer, or is told to be damaged.
@@ -498,6 +502,47 @@ async fn list_compressed<F: Fetch>(
         )))),
         Err(error) => Ok(Err(error)),
     }
+}
+
+/// Compressed layers that are shorter are unpacked before anybody has noticed.
+const WORTH_A_LOOK: u64 = 16 << 20;
+/// What ends a tar: two blocks of zeros. Go's writers, which are those of the field, put nothing behind them; where GNU tar fills up
+/// its record, a further small member would not show.
+const END_MARK: u64 = 1024;
+
+/// The member of a large compressed tar that holds a single file, as packagers of weights write them, while the rest of it is still being
+/// unpacked, so that the file can be read already.
+///
+/// That there is one is a conclusion from the size that the stream claims and the first header. It is not remembered: the next
+/// time the whole is looked at. Errors are left to who does that.
+async fn list_single<F: Fetch>(
+    fetch: &F,
+    layer: &Descriptor,
+) -> Result<Option<Listing>, ModelError> {
+    if layer.size < WORTH_A_LOOK {
+        return Ok(None);
+    }
+    let range = ByteRange::new(0, REMOTE_WINDOW);
+    let Ok(window) = fetch.peek_unpacked(layer, range).await else {
+        return Ok(None);
+    };
+    let mut walk = Walk::new(u64::MAX >> 1, REMOTE_WINDOW);
+    if !matches!(walk.advance(0, &window), Ok(Some(_))) {
+        return Ok(None);
+    }
+    let Some(end) = walk.only_file() else {
+        return Ok(None);
+    };
+    let blob = layer.blob();
+    let start = fetch.peek(blob, ByteRange::new(0, Claimed::START)).await?;
+    let last = ByteRange::new(layer.size - Claimed::END, layer.size);
+    let last = fetch.peek(blob, last).await?;
+    let is_all =
+        Claimed::of(&start, &last).is_some_and(|claimed| claimed.is(end.saturating_add(END_MARK)));
+    Ok(is_all.then(|| Listing {
+        form: Form::Compressed,
+        ..walk.finish()
+    }))
 }
 
 /// Walks over a tar that is the layer, or its uncompressed form.

@@ -231,6 +231,17 @@ impl Walk {
         Ok(None)
     }
 
+    /// Where the next entry would begin, if all that was found is one file with bytes (and directories).
+    pub(super) fn only_file(&self) -> Option<u64> {
+        let mut files = self
+            .members
+            .iter()
+            .filter(|member| member.item != Item::Directory);
+        let only = files.next()?;
+        let is_one = only.item == Item::File && only.size > 0 && files.next().is_none();
+        is_one.then_some(self.at)
+    }
+
     /// What was found.
     pub(super) fn finish(self) -> Listing {
         Listing {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::fetch::on_disk;
 use super::inflate::{Compression, is_bomb};
@@ -27,6 +27,10 @@ const PIECES: usize = 2;
 const STEP: usize = 1 << 20;
 /// A failure is what readers get for this long; then the layer is tried again.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(10);
+/// Layers that are decompressed at a time: each takes a core, and a window of up to 128 MiB.
+const AT_ONCE: usize = 4;
+/// Who waits for a layer that waits for its turn is told this often that there is hope.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 /// How often a file that another process makes is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -35,6 +39,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 pub(super) struct UnpackedLayers {
     blobs: Blobs,
     table: Arc<Mutex<HashMap<Key, Weak<Unpacked>>>>,
+    turns: Arc<Semaphore>,
 }
 
 type Key = (Digest, Option<Digest>);
@@ -44,6 +49,7 @@ type Key = (Digest, Option<Digest>);
 pub struct Unpacked {
     blobs: Blobs,
     blob: Arc<LazyBlob>,
+    turns: Arc<Semaphore>,
     diff_id: Option<Digest>,
     state: Mutex<State>,
     /// Held while it is found out where the bytes are.
@@ -79,6 +85,7 @@ impl UnpackedLayers {
         Self {
             blobs,
             table: Arc::default(),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
         }
     }
 
@@ -93,6 +100,7 @@ impl UnpackedLayers {
         let layer = Arc::new(Unpacked {
             blobs: self.blobs.clone(),
             blob: Arc::clone(blob),
+            turns: Arc::clone(&self.turns),
             diff_id,
             state: Mutex::default(),
             opening: tokio::sync::Mutex::default(),
@@ -334,6 +342,12 @@ impl Unpacked {
 
     /// Decompresses the layer.
     async fn make(self: Arc<Self>, unpacker: Unpacker, progress: watch::Sender<Progress>) {
+        let _turn = loop {
+            match tokio::time::timeout(TELL_EVERY, self.turns.acquire()).await {
+                Ok(turn) => break turn,
+                Err(_) => progress.send_modify(|_| {}),
+            }
+        };
         let _hold = self.blob.hold();
         let (pieces, source) = mpsc::channel(PIECES);
         let blob = Arc::clone(&self.blob);

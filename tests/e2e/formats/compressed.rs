@@ -8,6 +8,7 @@ use crate::support::artifact::{Artifact, Layer};
 use crate::support::content::Content;
 use crate::support::model::{SampleModel, assert_same_files};
 use crate::support::mount::{Mount, run_ocifs};
+use crate::support::process::run;
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::registry::Registry;
 use crate::support::{PATIENCE, eventually, scale, scratch};
@@ -66,7 +67,7 @@ fn what_was_unpacked_outlives_the_daemon_and_the_registry() {
 
 #[test]
 fn early_members_are_read_while_the_stream_is_still_coming() {
-    // The listing is known from before and the bytes are evicted: only then can there be readers before the stream has ended.
+    // The listing is known from before and the bytes are evicted.
     let registry = Registry::open();
     let proxy = Proxy::start(registry.address());
     let dir = scratch("source");
@@ -106,6 +107,89 @@ fn early_members_are_read_while_the_stream_is_still_coming() {
         first * 2 < all,
         "the first bytes came after {first:?}, the last after {all:?}"
     );
+}
+
+#[test]
+fn a_layer_of_one_large_file_is_read_while_it_is_first_unpacked() {
+    let registry = Registry::open();
+    let proxy = Proxy::start(registry.address());
+    let dir = scratch("source");
+    let content = Content::new(5);
+    content.write(&dir.path().join("weights.bin"), 40_000_000);
+    fs::write(dir.path().join("small.bin"), "beside it").unwrap();
+    // As Go's writers end a tar: with two blocks and nothing behind them.
+    let go = |members: &[&str]| {
+        let mut args = vec![
+            "--blocking-factor=1",
+            "-cf",
+            "-",
+            "-C",
+            dir.path().to_str().unwrap(),
+        ];
+        args.extend(members);
+        run("tar", args).ok_bytes()
+    };
+    let tar = go(&["weights.bin"]);
+    // With the size in its header, as `zstd FILE` and most libraries write it.
+    let file = dir.path().join("layer.tar");
+    fs::write(&file, &tar).unwrap();
+    let zstd = run("zstd", ["-q", "-c", "-1", file.to_str().unwrap()]).ok_bytes();
+    for (tag, media_type, bytes) in [("gz", GZIP, compressed(&tar, "gzip")), ("zst", ZSTD, zstd)] {
+        let artifact = Artifact::modelpack("cncf").layer(Layer::bytes(media_type, bytes));
+        let published = artifact.publish(&registry, &format!("org/m:{tag}"));
+        let cache = scratch("cache");
+        let mount = Mount::start::<&str>(cache.path(), []);
+        proxy.always(
+            &format!("/v2/org/m/blobs/{}", published.layers[0]),
+            Fault::Throttle(8_000_000),
+        );
+        let file = format!("{}/org/m:{tag}/weights.bin", proxy.host());
+        let started = Instant::now();
+        assert_eq!(mount.read_at(&file, 0, 500_000), content.bytes(0, 500_000));
+        let first = started.elapsed();
+        assert_eq!(
+            mount.xattr(&file, "user.ocifs.verified").as_deref(),
+            Some("false")
+        );
+        assert_eq!(
+            mount.read_at(&file, 39_999_000, 1000),
+            content.bytes(39_999_000, 1000)
+        );
+        let all = started.elapsed();
+        assert!(
+            first * 2 < all,
+            "{tag}: the first bytes came after {first:?}, the last after {all:?}"
+        );
+        eventually(PATIENCE, "it is verified", || {
+            let verified = mount.xattr(&file, "user.ocifs.verified");
+            (verified.as_deref() == Some("true")).then_some(())
+        });
+    }
+    // Two files are told from one, however small the second and whoever wrote the tar.
+    let two = ["weights.bin", "small.bin"];
+    for (tag, tar) in [
+        ("two", go(&two)),
+        ("padded", archive(dir.path(), &two, None)),
+    ] {
+        let artifact =
+            Artifact::modelpack("cncf").layer(Layer::bytes(GZIP, compressed(&tar, "gzip")));
+        let shown = artifact
+            .publish(&registry, &format!("org/m:{tag}"))
+            .reference;
+        let cache = scratch("cache");
+        let mount = Mount::start::<&str>(cache.path(), []);
+        assert_eq!(mount.list(&shown), [".oci", "small.bin", "weights.bin"]);
+    }
+}
+
+#[test]
+fn strict_verification_serves_nothing_of_a_layer_before_all_of_it_is_right() {
+    let registry = Registry::open();
+    let (model, artifact) = sample(315, "zstd");
+    let shown = artifact.publish(&registry, "org/m:v1").reference;
+    let cache = scratch("cache");
+    let mount = Mount::start(cache.path(), ["--verify", "strict"]);
+    assert_same_files(&mount.files(&shown), model.files());
 }
 
 #[test]
