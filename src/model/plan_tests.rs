@@ -8,8 +8,10 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::base::ByteRange;
+use crate::blob::BlobError;
 use crate::model::inflate::Compression;
 use crate::model::safetensors::file_for_tests as safetensors_file;
+use crate::model::tar::Listing;
 use crate::model::weights::FIRST_READ;
 
 /// Where blobs and manifests are, and what of them was asked for.

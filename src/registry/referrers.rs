@@ -6,6 +6,7 @@ use reqwest::Method;
 
 use super::auth::Action;
 use super::client::{Call, Client};
+use super::peer::Peer;
 use super::retry::UNTIL_DEADLINE;
 use super::{Reference, RegistryError, Repository};
 use crate::base::{Deadline, Digest};
@@ -29,11 +30,14 @@ impl Client {
             path: format!("referrers/{digest}"),
             accept: Some(INDEX),
             range: None,
+            bulk: false,
             what: format!("referrers of {repository}@{digest}"),
         };
+        // Mirrors list what they have, which is less.
+        let server = &self.ways.to(repository).await?.server;
         let listed = self
             .retry(&call.what, UNTIL_DEADLINE, deadline, || {
-                self.referrers_once(&call)
+                server.referrers_once(&call)
             })
             .await?;
         if listed.is_some() {
@@ -56,7 +60,9 @@ impl Client {
             Err(error) => Err(error),
         }
     }
+}
 
+impl Peer {
     async fn referrers_once(&self, call: &Call<'_>) -> Result<Option<Bytes>, RegistryError> {
         let mut answer = self.call_once(call).await?;
         match answer.response.status().as_u16() {
