@@ -106,17 +106,24 @@ impl Mount {
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// The most memory that the daemon ever had, in bytes.
+    /// The most memory that the daemon ever had, in bytes; pages of files that it maps are counted.
     pub fn peak_memory(&self) -> u64 {
-        let status = fs::read_to_string(format!(
-            "/proc/{}/status",
-            self.daemon.pid().as_raw_nonzero()
-        ))
-        .unwrap();
+        self.memory("VmHWM:")
+    }
+
+    /// The memory of its own that the daemon has now, in bytes: no pages of files.
+    pub fn own_memory(&self) -> u64 {
+        self.memory("RssAnon:")
+    }
+
+    /// A line of proc_pid_status(5) that is in kB.
+    fn memory(&self, name: &str) -> u64 {
+        let pid = self.daemon.pid().as_raw_nonzero();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let line = status
             .lines()
-            .find(|line| line.starts_with("VmHWM:"))
-            .expect("a running process has VmHWM");
+            .find(|line| line.starts_with(name))
+            .expect("a running process has it");
         line.split_whitespace()
             .nth(1)
             .and_then(|number| number.parse::<u64>().ok())
