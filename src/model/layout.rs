@@ -138,6 +138,14 @@ pub(super) fn lay_out(
                 (Some(Err(TarError::NoTar)), Some(name)) => {
                     layout.place_named(manifest, name, whole, step);
                 }
+                // Only its type says that it is a tar: it is the file that its name says.
+                (Some(Err(error)), Some(name)) if !required => {
+                    let by = describe(manifest, step.layer);
+                    layout
+                        .notes
+                        .add(format!("{by}: it is shown as a file: {error}"));
+                    layout.place_named(manifest, name, whole, step);
+                }
                 (Some(Err(error)), _) => {
                     let why = format!("it can't be read as a tar: {error}");
                     layout.hide(manifest, step.layer, Some(&why));
@@ -583,6 +591,111 @@ mod tests {
         assert_eq!(
             lay_out(&manifest(1), &[optional], &tars, None).problem,
             None
+        );
+    }
+
+    #[test]
+    fn what_is_no_tar_is_the_file_that_its_name_says() {
+        let step = |layer, required| Step {
+            layer,
+            role: Role::Tar {
+                required,
+                whole_up_to: 0,
+                under: Under::Top,
+                links: true,
+                otherwise: Some(format!("f{layer}")),
+            },
+            clash: Clash::KeepFirst,
+        };
+        let bad = || TarError::Undecodable("it is cut off".into());
+        let tars = BTreeMap::from([
+            (0, Err(TarError::NoTar)),
+            (1, Err(bad())),
+            (2, Err(TarError::NoTar)),
+            (3, Err(bad())),
+        ]);
+        let steps = [step(0, false), step(1, false), step(2, true), step(3, true)];
+        let layout = lay_out(&manifest(4), &steps, &tars, None);
+        assert_eq!(layout.paths(), BTreeSet::from(["f0", "f1", "f2"]));
+        assert_eq!(layout.hidden, BTreeSet::from([3]));
+        assert!(layout.problem.unwrap().contains("cut off"));
+        assert_eq!(layout.notes.into_lines().len(), 2);
+    }
+
+    #[test]
+    fn links_whiteouts_and_hard_links_are_laid_over_each_other() {
+        let member = |path: &str, item: Item| Member {
+            path: path.into(),
+            offset: 512,
+            size: u64::from(item == Item::File),
+            item,
+        };
+        let layer = |members: Vec<Member>| {
+            Ok(Listing {
+                form: Form::Compressed,
+                entries: members.len(),
+                members,
+                notes: vec![],
+            })
+        };
+        let link = |target: &str| Item::Symlink(target.into());
+        let tars = BTreeMap::from([
+            (
+                0,
+                layer(vec![
+                    member("usr/bin/a", Item::File),
+                    member("usr/bin/b", Item::File),
+                    member("bin", link("usr/bin")),
+                    member("old/x", Item::File),
+                    member("old/y/z", Item::File),
+                    member("becomes-dir", Item::File),
+                    member("becomes-file/in", Item::File),
+                    member("hard", Item::HardLink("usr/bin/a".into())),
+                    member("out", link("../../../../etc/passwd")),
+                    member("abs", link("/usr/bin/b")),
+                ]),
+            ),
+            (
+                1,
+                layer(vec![
+                    member("bin/c", Item::File),
+                    member("usr/bin/.wh.a", Item::File),
+                    member("old/.wh..wh..opq", Item::File),
+                    member("old/new", Item::File),
+                    member("becomes-dir", Item::Directory),
+                    member("becomes-dir/now", Item::File),
+                    member("becomes-file", Item::File),
+                ]),
+            ),
+        ]);
+        let steps = [tar(0, Clash::Overlay), tar(1, Clash::Overlay)];
+        let layout = lay_out(&manifest(2), &steps, &tars, None);
+        let shown: Vec<(&str, Option<&str>)> = layout
+            .files
+            .iter()
+            .map(|(path, file)| match &file.source {
+                Source::Link(target) => (path.as_str(), Some(target.as_str())),
+                _ => (path.as_str(), None),
+            })
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                ("abs", Some("usr/bin/b")),
+                ("becomes-dir/now", None),
+                ("becomes-file", None),
+                ("bin", Some("usr/bin")),
+                ("hard", None),
+                ("old/new", None),
+                ("usr/bin/b", None),
+                ("usr/bin/c", None),
+            ]
+        );
+        assert_eq!(layout.problem, None);
+        let notes = layout.notes.into_lines();
+        assert!(
+            notes.len() == 1 && notes[0].contains("left out the link `out`"),
+            "{notes:?}"
         );
     }
 
