@@ -19,6 +19,10 @@ use crate::base::{Secret, lock};
 
 /// How long a helper may take. Those of clouds ask a server; a lookup waits for 20 s in all.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// A failure that took less may be repeated at once.
+const QUICK: Duration = Duration::from_secs(1);
+/// A helper that failed slowly is not asked again for so many times the time that it took.
+const SLOW: u32 = 4;
 /// Most bytes that a helper may say.
 const LONGEST_ANSWER: u64 = 64 << 10;
 /// Longest name of a helper, without its prefix.
@@ -29,11 +33,27 @@ const NOT_FOUND: &str = "credentials not found in native keychain";
 /// What a helper answered about a server: a login, or that it has none.
 type Answer = Result<Option<Credentials>, String>;
 
-/// One helper and server: when the last answer was begun, and the last login it gave.
+/// One helper and server: its last answer, and the last login it gave.
 #[derive(Default)]
 struct Asked {
-    answer: Option<(Instant, Answer)>,
+    last: Option<Last>,
     last_login: Option<Credentials>,
+}
+
+struct Last {
+    begun: Instant,
+    took: Duration,
+    failed: bool,
+    answer: Answer,
+}
+
+impl Last {
+    /// Whether it answers a question of the moment `asked`: it was begun since, or the helper failed slowly a moment ago. One that hangs
+    /// would hold up every new repository.
+    fn answers(&self, asked: Instant) -> bool {
+        let slow = self.failed && self.took >= QUICK;
+        self.begun >= asked || slow && asked < self.begun + self.took * SLOW
+    }
 }
 
 /// The helpers of this process. Of several that want the same login at the same time one asks.
@@ -64,13 +84,12 @@ impl Helpers {
             .or_default()
             .clone();
         let mut entry = entry.lock().await;
-        if let Some((begun, answer)) = &entry.answer
-            && *begun >= asked
-        {
-            return answer.clone();
+        if let Some(last) = entry.last.as_ref().filter(|last| last.answers(asked)) {
+            return last.answer.clone();
         }
         let begun = Instant::now();
         let mut answer = get(OsStr::new(&program), server, PATIENCE).await;
+        let (took, failed) = (begun.elapsed(), answer.is_err());
         match &answer {
             Ok(found) => entry.last_login = found.clone(),
             Err(reason) => {
@@ -80,7 +99,12 @@ impl Helpers {
                 }
             }
         }
-        entry.answer = Some((begun, answer.clone()));
+        entry.last = Some(Last {
+            begun,
+            took,
+            failed,
+            answer: answer.clone(),
+        });
         answer
     }
 }
@@ -419,6 +443,31 @@ mod tests {
             &"x".repeat(65),
         ] {
             assert!(program(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_for_those_who_waited_and_a_slow_failure_for_a_while() {
+        let begun = Instant::now();
+        let last = |took, failed| Last {
+            begun,
+            took: Duration::from_secs(took),
+            failed,
+            answer: Ok(None),
+        };
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        for (took, failed, asked, answers) in [
+            (15, true, 59, true),
+            (15, true, 61, false),
+            (0, true, 1, false),
+            (15, false, 1, false),
+            (15, false, 0, true),
+        ] {
+            assert_eq!(
+                last(took, failed).answers(after(asked)),
+                answers,
+                "{took} {failed} {asked}"
+            );
         }
     }
 
