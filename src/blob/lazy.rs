@@ -256,12 +256,14 @@ impl LazyBlob {
         take: Take<T>,
     ) -> Option<Result<T, BlobError>> {
         let hold = self.hold();
-        // Without memory for the reply it has to wait.
-        let room = self.shared.try_room(range.len(), Urgency::Demand)?;
         let result = self
             .look(&hold, range, self.shared.config.strict, take)
             .transpose()?;
-        let result = result.map(|bytes| bytes.with_room(room));
+        // Without memory for the reply it has to wait. Few threads ask here, so what they look at does not count before.
+        let result = match result {
+            Ok(bytes) => Ok(bytes.with_room_now(&self.shared)?),
+            Err(error) => Err(error),
+        };
         if result.is_ok() {
             self.shared.readers.note();
             self.note(range);

@@ -19,6 +19,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub(super) trait Held: From<Bytes> {
     /// Keeps the reservation for as long as the memory that it is for; what lies in a file takes none.
     fn with_room(self, room: Reservation) -> Self;
+
+    /// The same with what memory it takes, if that is to be had now.
+    fn with_room_now(self, shared: &Shared) -> Option<Self>;
 }
 
 impl Held for Bytes {
@@ -28,6 +31,11 @@ impl Held for Bytes {
             _room: room,
         })
     }
+
+    fn with_room_now(self, shared: &Shared) -> Option<Self> {
+        let room = shared.try_room(self.len() as u64, Urgency::Demand)?;
+        Some(self.with_room(room))
+    }
 }
 
 impl Held for Data {
@@ -35,6 +43,13 @@ impl Held for Data {
         match self {
             Self::Owned(bytes) => Self::Owned(bytes.with_room(room)),
             Self::Mapped(_) => self,
+        }
+    }
+
+    fn with_room_now(self, shared: &Shared) -> Option<Self> {
+        match self {
+            Self::Owned(bytes) => bytes.with_room_now(shared).map(Self::Owned),
+            Self::Mapped(_) => Some(self),
         }
     }
 }
