@@ -49,19 +49,25 @@ pub(super) enum MemberName {
     Directory,
 }
 
-/// The path of a tar member. `..` is refused wherever it stands: no packager of models needs it.
-pub(super) fn member(name: &[u8]) -> Result<MemberName, Refusal> {
-    let name = std::str::from_utf8(name).map_err(|_| "it is not UTF-8")?;
-    if name.starts_with('/') {
-        return Err("it is absolute");
-    }
-    let components: Vec<&str> = name
+/// The components of a path in a tar. `..` is refused wherever it stands: no packager of models needs it.
+fn components(path: &str) -> Result<Vec<&str>, Refusal> {
+    let components: Vec<&str> = path
         .split('/')
         .filter(|c| !c.is_empty() && *c != ".")
         .collect();
     if components.contains(&"..") {
         return Err("it has a `..` component");
     }
+    Ok(components)
+}
+
+/// The path of a tar member.
+pub(super) fn member(name: &[u8]) -> Result<MemberName, Refusal> {
+    let name = std::str::from_utf8(name).map_err(|_| "it is not UTF-8")?;
+    if name.starts_with('/') {
+        return Err("it is absolute");
+    }
+    let components = components(name)?;
     if name.ends_with('/') || name.ends_with("/.") || (components.is_empty() && !name.is_empty()) {
         return Ok(MemberName::Directory);
     }
@@ -71,13 +77,7 @@ pub(super) fn member(name: &[u8]) -> Result<MemberName, Refusal> {
 /// The path of a directory in a tar.
 pub(super) fn directory(name: &[u8]) -> Result<String, Refusal> {
     let name = std::str::from_utf8(name).map_err(|_| "it is not UTF-8")?;
-    let components: Vec<&str> = name
-        .split('/')
-        .filter(|c| !c.is_empty() && *c != ".")
-        .collect();
-    if components.contains(&"..") {
-        return Err("it has a `..` component");
-    }
+    let components = components(name)?;
     checked(&components)
 }
 

@@ -28,6 +28,16 @@ pub struct Resolved {
     pub manifest: Option<Manifest>,
 }
 
+impl Resolved {
+    /// With nothing known but the digest.
+    fn bare(digest: Digest) -> Self {
+        Self {
+            digest,
+            manifest: None,
+        }
+    }
+}
+
 /// A manifest, checked against its digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
@@ -69,10 +79,7 @@ impl Client {
         deadline: Deadline,
     ) -> Result<Resolved, RegistryError> {
         if let Some(&digest) = reference.digest() {
-            return Ok(Resolved {
-                digest,
-                manifest: None,
-            });
+            return Ok(Resolved::bare(digest));
         }
         let call = &by_tag(reference, Method::HEAD);
         let told = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
@@ -81,10 +88,7 @@ impl Client {
             })
         });
         match told.await? {
-            Told::Digest(digest) => Ok(Resolved {
-                digest,
-                manifest: None,
-            }),
+            Told::Digest(digest) => Ok(Resolved::bare(digest)),
             Told::Nothing => self.resolve_with_manifest(reference, deadline).await,
         }
     }
@@ -96,10 +100,7 @@ impl Client {
         deadline: Deadline,
     ) -> Result<Resolved, RegistryError> {
         if let Some(&digest) = reference.digest() {
-            return Ok(Resolved {
-                digest,
-                manifest: None,
-            });
+            return Ok(Resolved::bare(digest));
         }
         let call = &by_tag(reference, Method::GET);
         let manifest = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {

@@ -5,11 +5,10 @@ use std::fs;
 use serde_json::{Value, json};
 
 use super::Site;
-use crate::support::artifact::{Artifact, Layer, Published};
+use crate::support::artifact::{Artifact, Layer, Published, put_manifest};
 use crate::support::content::digest;
 use crate::support::model::SampleModel;
 use crate::support::mount::{Mount, run_ocifs};
-use crate::support::process::run;
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::registry::Registry;
 use crate::support::scratch;
@@ -18,24 +17,8 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// Puts a manifest or index under a tag, as any client does.
 fn put(registry: &Registry, repository: &str, tag: &str, media_type: &str, manifest: &Value) {
-    let dir = scratch("manifest");
-    let file = dir.path().join("manifest");
-    fs::write(&file, manifest.to_string()).unwrap();
-    let header = format!("Content-Type: {media_type}");
-    let data = format!("@{}", file.display());
-    let url = format!("http://{}/v2/{repository}/manifests/{tag}", registry.host());
-    let args = [
-        "-sS",
-        "--fail",
-        "-X",
-        "PUT",
-        "-H",
-        &header,
-        "--data-binary",
-        &data,
-        &url,
-    ];
-    run("curl", args).ok();
+    let name = format!("{repository}:{tag}");
+    put_manifest(registry, &name, media_type, manifest.to_string());
 }
 
 fn entry(published: &Published, more: Value) -> Value {

@@ -53,6 +53,17 @@ impl Site {
         artifact.publish(&self.registry, "org/m:v1").reference
     }
 
+    /// That nothing of a model is shown, because its content is not what its digests say.
+    fn assert_wrong(&self, reference: &str) {
+        let said = self.inspect(reference);
+        assert!(said.contains("has digest"), "{said}");
+        let shown = self.mount.try_list(reference);
+        assert!(
+            shown.as_ref().map_or(true, |names| names == &[".oci"]),
+            "{shown:?}"
+        );
+    }
+
     /// What `ocifs inspect` prints.
     fn inspect(&self, reference: &str) -> String {
         let cache = self.cache.path().to_str().unwrap();

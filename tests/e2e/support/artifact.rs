@@ -218,31 +218,25 @@ impl Artifact {
             let twin = self.clone().of_type(MANIFEST);
             twin.write(layout.path(), "pushed");
             registry.skopeo_push(&format!("oci:{}:pushed", layout.path().display()), name);
-            let file = layout.path().join("manifest");
-            fs::write(&file, &published.manifest).unwrap();
-            let (repository, tag) = name.split_once(':').unwrap();
-            let header = format!("Content-Type: {}", self.media_type);
-            let data = format!("@{}", file.display());
-            let url = format!("http://{}/v2/{repository}/manifests/{tag}", registry.host());
-            super::process::run(
-                "curl",
-                [
-                    "-sS",
-                    "--fail",
-                    "-X",
-                    "PUT",
-                    "-H",
-                    &header,
-                    "--data-binary",
-                    &data,
-                    &url,
-                ],
-            )
-            .ok();
+            put_manifest(registry, name, &self.media_type, &published.manifest);
         }
         published.reference = format!("{}/{name}", registry.host());
         published
     }
+}
+
+/// Puts a manifest of any type at `name`, `repository:tag`; what it names is there already.
+pub fn put_manifest(registry: &Registry, name: &str, media_type: &str, manifest: impl AsRef<[u8]>) {
+    let dir = super::scratch("manifest");
+    let file = dir.path().join("manifest");
+    fs::write(&file, manifest).unwrap();
+    let (repository, tag) = name.split_once(':').unwrap();
+    let header = format!("Content-Type: {media_type}");
+    let data = format!("@{}", file.display());
+    let url = format!("http://{}/v2/{repository}/manifests/{tag}", registry.host());
+    let args = ["-sS", "--fail", "-X", "PUT", "-H", &header];
+    let args = args.into_iter().chain(["--data-binary", &data, &url]);
+    super::process::run("curl", args).ok();
 }
 
 fn blob_path(layout: &Path, digest: &str) -> PathBuf {
