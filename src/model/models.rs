@@ -26,6 +26,9 @@ const MOST_REPOSITORIES: usize = 16;
 /// Most tags that are asked for.
 const MOST_TAGS: usize = 10_000;
 
+/// How long a registry is asked about a tag whose last digest is known: one that says nothing holds up what is cached for no longer.
+const KNOWN_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Models of any reference; clones share what they resolved.
 #[derive(Clone, Debug)]
 pub struct Models {
@@ -127,7 +130,7 @@ impl Models {
         }
         self.shared
             .patiently(reference.to_string(), async {
-                Some(self.shared.ask(reference).await)
+                Some(self.shared.ask(reference, None).await)
             })
             .await
     }
@@ -371,7 +374,7 @@ impl Shared {
                 reference: reference.to_string(),
             }
         } else {
-            match self.ask(reference).await {
+            match self.ask(reference, Some(KNOWN_PATIENCE)).await {
                 Ok(digest) => return Ok(digest),
                 Err(error) => error,
             }
@@ -381,13 +384,19 @@ impl Shared {
         outcome
     }
 
-    /// Asks the registry, and remembers what it says.
-    async fn ask(&self, reference: &Reference) -> Result<Digest, ModelError> {
-        let deadline = Deadline::after(self.question_timeout());
+    /// Asks the registry, and remembers what it says. About what was seen before it is asked for `known` at most.
+    async fn ask(
+        &self,
+        reference: &Reference,
+        known: Option<Duration>,
+    ) -> Result<Digest, ModelError> {
         let registry = self.blobs.registry();
         let (cache, name) = (self.blobs.cache().clone(), tag_name(reference));
         let seen = on_disk(move || cache.tag(&name)).await.flatten().is_some();
         // What was never seen is fetched next; what was is mostly the same still, and HEAD costs registries less.
+        let patience = self.question_timeout();
+        let known = known.filter(|_| seen).unwrap_or(patience);
+        let deadline = Deadline::after(patience.min(known));
         let resolved = if seen {
             registry.resolve(reference, deadline).await
         } else {

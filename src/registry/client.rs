@@ -12,7 +12,7 @@ use super::credentials::Sources;
 use super::error::chain;
 use super::mirrors::{Advice, Ways};
 use super::peer::Peer;
-use super::retry::{self, Decision};
+use super::retry::{self, Decision, Tries};
 use super::{RegistryConfig, RegistryError, Repository};
 use crate::base::Deadline;
 
@@ -71,11 +71,11 @@ impl Client {
         })
     }
 
-    /// Runs `attempt` until it succeeds, fails for good or for the `most`th time, or the deadline comes.
+    /// Runs `attempt` until it succeeds, fails for good or for the last of its `tries`, or the deadline comes.
     pub(super) async fn retry<T, F: Future<Output = Result<T, RegistryError>>>(
         &self,
         what: &str,
-        most: u32,
+        tries: Tries,
         deadline: Deadline,
         mut attempt: impl FnMut() -> F,
     ) -> Result<T, RegistryError> {
@@ -90,7 +90,7 @@ impl Client {
                 Ok(Err(error)) => error,
                 Err(_) => return Err(out_of_time(last)),
             };
-            if number >= most {
+            if tries.are_over(&error, number) {
                 return Err(error);
             }
             match retry::decide(&error, number, deadline.left(), retry::jitter()) {

@@ -7,6 +7,7 @@ use super::challenge::Challenge;
 use super::client::Client;
 use super::credentials::Credentials;
 use super::error::bounded;
+use super::retry::Tries;
 use super::token::{self, TokenServer, Wants};
 use super::transport::{Ask, Transport};
 use super::{RegistryError, Repository};
@@ -34,7 +35,7 @@ impl Client {
         deadline: Deadline,
     ) -> Result<Accepted, RegistryError> {
         let credentials = Credentials::login(username.to_owned(), password.clone());
-        self.retry(host, TRIES, deadline, || {
+        self.retry(host, Tries::AtMost(TRIES), deadline, || {
             self.check_once(host, &credentials)
         })
         .await

@@ -8,7 +8,7 @@ use super::auth::Action;
 use super::client::{Call, Client, Need};
 use super::error::bounded;
 use super::peer::Peer;
-use super::retry::UNTIL_DEADLINE;
+use super::retry::Tries;
 use super::transport::Answer;
 use super::{Reference, RegistryError, Repository, Tag};
 use crate::base::{Deadline, Digest};
@@ -82,7 +82,7 @@ impl Client {
             return Ok(Resolved::bare(digest));
         }
         let call = &by_tag(reference, Method::HEAD);
-        let told = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+        let told = self.retry(&call.what, Tries::Lookup, deadline, || {
             self.via(call, Need::Resolve, deadline, |peer| async move {
                 peer.head_once(call).await
             })
@@ -103,7 +103,7 @@ impl Client {
             return Ok(Resolved::bare(digest));
         }
         let call = &by_tag(reference, Method::GET);
-        let manifest = self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+        let manifest = self.retry(&call.what, Tries::Lookup, deadline, || {
             self.via(call, Need::Resolve, deadline, |peer| async move {
                 peer.manifest_once(call, None).await
             })
@@ -133,7 +133,7 @@ impl Client {
             what: format!("manifest {repository}@{digest}"),
         };
         let call = &call;
-        self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+        self.retry(&call.what, Tries::Lookup, deadline, || {
             self.via(call, Need::Pull, deadline, |peer| async move {
                 peer.manifest_once(call, Some(*digest)).await
             })

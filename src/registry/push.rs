@@ -24,7 +24,7 @@ use super::address::{host_of, is_loopback};
 use super::auth::{Action, Grant, GrantForm, Known, Place};
 use super::challenge::Challenge;
 use super::client::{Call, Client};
-use super::retry::UNTIL_DEADLINE;
+use super::retry::Tries;
 use super::{Reference, RegistryError, Repository};
 use crate::base::{Deadline, Digest, lock};
 
@@ -69,7 +69,7 @@ impl Client {
         deadline: Deadline,
     ) -> Result<bool, RegistryError> {
         let call = head(repository, digest, Action::Pull);
-        self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+        self.retry(&call.what, Tries::UntilDeadline, deadline, || {
             self.exists_once(&call)
         })
         .await
@@ -100,7 +100,7 @@ impl Client {
     {
         let call = head(repository, digest, Action::Push);
         let tries = AtomicU64::new(0);
-        self.retry(&call.what, MOST_TRIES, deadline, || async {
+        self.retry(&call.what, Tries::AtMost(MOST_TRIES), deadline, || async {
             // Also finds what an earlier try has brought there although its answer got lost.
             if self.exists_once(&call).await? {
                 let first = tries.load(Ordering::Relaxed) == 0;
@@ -192,7 +192,7 @@ impl Client {
             .tag()
             .map_or_else(|| digest.to_string(), |tag| tag.as_str().to_owned());
         let target = target(repository, &name);
-        self.retry(&what, MOST_TRIES, deadline, || async {
+        self.retry(&what, Tries::AtMost(MOST_TRIES), deadline, || async {
             let mut uploader = self.uploader(repository, &what).await?;
             loop {
                 match uploader

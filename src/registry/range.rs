@@ -15,7 +15,7 @@ use super::client::{Call, Client, Need};
 use super::hosts::Host;
 use super::mirrors::Health;
 use super::peer::Peer;
-use super::retry::UNTIL_DEADLINE;
+use super::retry::Tries;
 use super::transport::{Answer, Ask, next_piece};
 use super::{RegistryError, Repository};
 use crate::base::{ByteRange, Deadline, Digest, lock};
@@ -281,7 +281,7 @@ impl Client {
             what,
         };
         let (call, key) = (&call, &(repository.clone(), *digest));
-        self.retry(&call.what, UNTIL_DEADLINE, deadline, || {
+        self.retry(&call.what, Tries::UntilDeadline, deadline, || {
             self.via(call, Need::Pull, deadline, |peer| async move {
                 peer.blob_once(call, key, size, range).await
             })

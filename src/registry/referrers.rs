@@ -7,7 +7,7 @@ use reqwest::Method;
 use super::auth::Action;
 use super::client::{Call, Client};
 use super::peer::Peer;
-use super::retry::UNTIL_DEADLINE;
+use super::retry::Tries;
 use super::{Reference, RegistryError, Repository};
 use crate::base::{Deadline, Digest};
 
@@ -36,7 +36,7 @@ impl Client {
         // Mirrors list what they have, which is less.
         let server = &self.ways.to(repository).await?.server;
         let listed = self
-            .retry(&call.what, UNTIL_DEADLINE, deadline, || {
+            .retry(&call.what, Tries::Lookup, deadline, || {
                 server.referrers_once(&call)
             })
             .await?;

@@ -4,8 +4,33 @@ use std::time::{Duration, SystemTime};
 
 use super::RegistryError;
 
-/// No limit to the number of tries but the deadline.
-pub(super) const UNTIL_DEADLINE: u32 = u32::MAX;
+/// How often a request is tried, beside what its deadline allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tries {
+    /// As often as the deadline allows: somebody reads bytes, and an error would end him.
+    UntilDeadline,
+    /// The same, but a server that takes no connection is given up soon: somebody looks up a name, and a registry that is gone must
+    /// not cost him the whole deadline.
+    Lookup,
+    /// So often.
+    AtMost(u32),
+}
+
+impl Tries {
+    /// Whether a failure of try number `attempt` (counted from 1) was the last one.
+    pub(super) fn are_over(self, error: &RegistryError, attempt: u32) -> bool {
+        match self {
+            Self::UntilDeadline => false,
+            Self::Lookup => {
+                matches!(error, RegistryError::Connect { .. }) && attempt >= CONNECT_TRIES
+            }
+            Self::AtMost(most) => attempt >= most,
+        }
+    }
+}
+
+/// Connections that a lookup tries: with the pauses between them less than a second.
+const CONNECT_TRIES: u32 = 3;
 /// The first pause; each further one doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause of our own; a server's Retry-After may ask for more.
@@ -118,6 +143,20 @@ mod tests {
             decide(&status(503, None), 1, Duration::ZERO, 0.5),
             Decision::OutOfTime
         );
+    }
+
+    #[test]
+    fn a_lookup_gives_up_a_server_that_takes_no_connection_and_a_read_does_not() {
+        let gone = RegistryError::Connect {
+            host: "h".into(),
+            source: std::sync::Arc::new(std::io::Error::from(
+                std::io::ErrorKind::ConnectionRefused,
+            )),
+        };
+        assert!(!Tries::Lookup.are_over(&gone, 2) && Tries::Lookup.are_over(&gone, 3));
+        assert!(!Tries::Lookup.are_over(&status(503, None), 1000));
+        assert!(!Tries::UntilDeadline.are_over(&gone, u32::MAX));
+        assert!(!Tries::AtMost(2).are_over(&gone, 1) && Tries::AtMost(2).are_over(&gone, 2));
     }
 
     #[test]

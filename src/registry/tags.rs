@@ -7,7 +7,7 @@ use super::address::same_origin;
 use super::auth::Action;
 use super::client::{Call, Client};
 use super::peer::Peer;
-use super::retry::UNTIL_DEADLINE;
+use super::retry::Tries;
 use super::{RegistryError, Repository, Tag};
 use crate::base::Deadline;
 
@@ -41,7 +41,7 @@ impl Client {
         let mut tags = Vec::new();
         for _ in 0..MOST_PAGES {
             let (page, next) = self
-                .retry(&call.what, UNTIL_DEADLINE, deadline, || {
+                .retry(&call.what, Tries::Lookup, deadline, || {
                     server.tags_once(&call)
                 })
                 .await?;

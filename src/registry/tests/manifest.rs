@@ -206,13 +206,10 @@ async fn nobody_listens() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let reference = format!("{address}/m:v1").parse().unwrap();
     let error = registry()
-        .resolve(&reference, Deadline::after(Duration::from_secs(1)))
+        .resolve(&reference, Deadline::after(Duration::from_secs(600)))
         .await
         .unwrap_err();
-    assert!(
-        matches!(&error, RegistryError::Deadline { last: Some(last), .. } if matches!(**last, RegistryError::Connect { .. })),
-        "{error:?}"
-    );
+    assert!(matches!(&error, RegistryError::Connect { .. }), "{error:?}");
 }
 
 #[tokio::test]
