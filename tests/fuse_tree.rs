@@ -42,6 +42,8 @@ fn file(path: &str, content: Vec<u8>) -> File {
         size: bytes.len() as u64,
         digest: Some(Digest::of(&bytes)),
         media_type: Some("application/octet-stream".to_owned()),
+        modified: None,
+        executable: false,
         content: Content::Inline(bytes),
     }
 }

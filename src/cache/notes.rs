@@ -25,6 +25,8 @@ pub enum NoteKind {
     Listing,
     /// Which blob of the cache a compressed layer's uncompressed form is.
     Unpacked,
+    /// Which artifact it is that a manifest names by a tag.
+    Base,
 }
 
 impl NoteKind {
@@ -32,6 +34,7 @@ impl NoteKind {
         match self {
             Self::Listing => "listing",
             Self::Unpacked => "unpacked",
+            Self::Base => "base",
         }
     }
 }

@@ -41,7 +41,7 @@ pub(super) fn created(manifest: &Manifest, config: &[u8]) -> SystemTime {
 
 /// Parses an RFC 3339 `date-time`. `None` for anything else and for moments before 1970 (Go writes the year 1 for
 /// "not known").
-fn parse(text: &str) -> Option<SystemTime> {
+pub(super) fn parse(text: &str) -> Option<SystemTime> {
     let bytes = text.as_bytes();
     let number = |start: usize, len: usize| -> Option<u64> {
         let digits = bytes.get(start..start + len)?;

@@ -7,10 +7,11 @@ use bytes::Bytes;
 
 use super::chunked::Chunk;
 use super::convention::{Clash, Role, Step, Under};
-use super::manifest::Manifest;
+use super::manifest::{Descriptor, Manifest};
 use super::names;
 use super::notes::{Notes, quote};
 use super::overlay::is_whiteout;
+use super::stamp::Stamp;
 use super::tar::{Form, Item, Listing, Member, TarError};
 
 /// Most files of a model.
@@ -49,6 +50,16 @@ pub(super) enum Source {
 }
 
 impl Source {
+    /// Counts its layer from further on: other layers are put before it.
+    pub(super) fn shift(&mut self, by: usize) {
+        match self {
+            Self::Layer { layer, .. }
+            | Self::Unpacked { layer, .. }
+            | Self::Chunks { layer, .. } => *layer += by,
+            Self::Made(_) | Self::Link(_) => {}
+        }
+    }
+
     /// The layer that it is of.
     pub(super) fn layer(&self) -> Option<usize> {
         match self {
@@ -67,6 +78,19 @@ pub(super) struct Placed {
     pub(super) size: u64,
     /// Where its bytes are.
     pub(super) source: Source,
+    /// What its packager told of it.
+    pub(super) stamp: Stamp,
+}
+
+impl Placed {
+    /// The file that a layer is from its first byte to its last.
+    pub(super) fn whole(layer: usize, descriptor: &Descriptor) -> Self {
+        Self {
+            size: descriptor.size,
+            source: Source::Layer { layer, offset: 0 },
+            stamp: Stamp::of_layer(descriptor),
+        }
+    }
 }
 
 /// A model's files while they are laid out.
@@ -74,7 +98,7 @@ pub(super) struct Placed {
 pub(super) struct Layout {
     /// Files by path; no path lies below another.
     pub(super) files: BTreeMap<String, Placed>,
-    /// All ancestors of the files.
+    /// All ancestors of the files, and directories that a tar has for themselves.
     pub(super) directories: BTreeSet<String>,
     /// Layers to show under `.oci/blobs`.
     pub(super) hidden: BTreeSet<usize>,
@@ -112,13 +136,7 @@ pub(super) fn lay_out(
         let Some(layer) = manifest.layers.get(step.layer) else {
             continue;
         };
-        let whole = Placed {
-            size: layer.size,
-            source: Source::Layer {
-                layer: step.layer,
-                offset: 0,
-            },
-        };
+        let whole = Placed::whole(step.layer, layer);
         match &step.role {
             Role::File(name) => layout.place_named(manifest, name, whole, step),
             Role::NamelessShard => {
@@ -228,9 +246,7 @@ impl Layout {
             };
             let file = match &member.item {
                 Item::Directory => {
-                    if overlay {
-                        self.remove_file(&path);
-                    }
+                    self.place_directory(path, overlay);
                     continue;
                 }
                 Item::Symlink(_) | Item::HardLink(_) if !links => {
@@ -251,10 +267,7 @@ impl Layout {
                         }
                     }
                 }
-                Item::Symlink(target) => Placed {
-                    size: 0,
-                    source: Source::Link(target.clone()),
-                },
+                Item::Symlink(target) => link(target),
                 Item::File | Item::Chunked(_) => placed(listing.form, member, step.layer),
             };
             self.place(manifest, path, file, step);
@@ -280,12 +293,7 @@ impl Layout {
                 Item::File | Item::Chunked(_) => {
                     return Some(placed(listing.form, member, step.layer));
                 }
-                Item::Symlink(to) => {
-                    return Some(Placed {
-                        size: 0,
-                        source: Source::Link(to.clone()),
-                    });
-                }
+                Item::Symlink(to) => return Some(link(to)),
                 Item::HardLink(next) => target = next,
                 Item::Directory => return None,
             }
@@ -331,6 +339,41 @@ impl Layout {
         }
     }
 
+    /// Makes the directory that a tar has, unless a file is in its way; in an image the file makes room.
+    fn place_directory(&mut self, path: String, overlay: bool) {
+        let path = if overlay {
+            let path = self.beneath_links(&path);
+            self.files.remove(&path);
+            path
+        } else {
+            path
+        };
+        if self.taken(&path).is_none() {
+            self.insert_directory(path);
+        }
+    }
+
+    /// Makes a directory and those above it on a path that is free.
+    pub(super) fn insert_directory(&mut self, path: String) {
+        for parent in ancestors(&path) {
+            if !self.directories.insert(parent.to_owned()) {
+                break;
+            }
+        }
+        self.directories.insert(path);
+    }
+
+    /// The directories with nothing in them.
+    pub(super) fn empty_directories(&self) -> Vec<String> {
+        let is_empty = |directory: &&String| {
+            let below = format!("{directory}/");
+            let has = |next: Option<&String>| next.is_some_and(|next| next.starts_with(&below));
+            let file = self.files.range(below.clone()..).next();
+            !has(file.map(|(path, _)| path)) && !has(self.directories.range(below.clone()..).next())
+        };
+        self.directories.iter().filter(is_empty).cloned().collect()
+    }
+
     /// Puts a file on a path that is free.
     pub(super) fn insert(&mut self, path: String, file: Placed) {
         for parent in ancestors(&path) {
@@ -350,6 +393,7 @@ impl Layout {
                 Placed {
                     size,
                     source: Source::Made(content),
+                    stamp: Stamp::default(),
                 },
             );
         }
@@ -416,6 +460,16 @@ fn placed(form: Form, member: &Member, layer: usize) -> Placed {
     Placed {
         size: member.size,
         source,
+        stamp: member.stamp,
+    }
+}
+
+/// A symbolic link that nobody has followed yet.
+fn link(target: &str) -> Placed {
+    Placed {
+        size: 0,
+        source: Source::Link(target.to_owned()),
+        stamp: Stamp::default(),
     }
 }
 
@@ -452,7 +506,7 @@ fn folder(under: &Under, listing: &Listing) -> Option<String> {
 }
 
 /// `a/b` and `a` for `a/b/c`: the directories above a path, the nearest first.
-fn ancestors(path: &str) -> impl Iterator<Item = &str> {
+pub(super) fn ancestors(path: &str) -> impl Iterator<Item = &str> {
     path.rmatch_indices('/').map(|(at, _)| &path[..at])
 }
 
@@ -469,267 +523,5 @@ fn describe(manifest: &Manifest, layer: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const RAW: &str = "application/octet-stream";
-
-    fn file(layer: usize, name: &str) -> Step {
-        Step {
-            layer,
-            role: Role::File(name.into()),
-            clash: Clash::KeepFirst,
-        }
-    }
-
-    fn tar(layer: usize, clash: Clash) -> Step {
-        Step {
-            layer,
-            role: Role::tar(true, 0),
-            clash,
-        }
-    }
-
-    fn listing(paths: &[&str]) -> Result<Listing, TarError> {
-        let member = |(n, path): (usize, &&str)| Member {
-            path: (*path).into(),
-            offset: 512 * n as u64,
-            size: 1,
-            item: Item::File,
-        };
-        Ok(Listing {
-            form: Form::Plain,
-            members: paths.iter().enumerate().map(member).collect(),
-            notes: vec![],
-            entries: 0,
-        })
-    }
-
-    fn manifest(layers: usize) -> Manifest {
-        Manifest::for_tests(&vec![(RAW, 10, &[][..]); layers])
-    }
-
-    fn source(layout: &Layout, path: &str) -> (usize, u64) {
-        match layout.files[path].source {
-            Source::Layer { layer, offset } => (layer, offset),
-            _ => panic!(),
-        }
-    }
-
-    #[test]
-    fn the_first_file_on_a_path_stays_and_the_second_is_not_lost() {
-        let steps = [
-            file(0, "a"),
-            file(1, "a"),
-            file(2, "a/b"),
-            file(3, "d/e"),
-            file(4, "d"),
-            file(5, "../../f"),
-            file(6, "/g"),
-        ];
-        let layout = lay_out(&manifest(7), &steps, &BTreeMap::new(), None);
-        assert_eq!(layout.paths(), BTreeSet::from(["a", "d/e", "f"]));
-        assert_eq!(source(&layout, "a"), (0, 0));
-        assert_eq!(layout.hidden, BTreeSet::from([1, 2, 4, 6]));
-        let notes = layout.notes.into_lines();
-        for (note, part) in notes.iter().zip([
-            "stays in its place",
-            "`a` is a file",
-            "directory of that name",
-            "absolute",
-        ]) {
-            assert!(note.contains(part), "{note}");
-        }
-        assert_eq!(notes.len(), 4);
-    }
-
-    #[test]
-    fn the_same_blob_twice_on_one_path_is_no_clash() {
-        let mut manifest = manifest(2);
-        manifest.layers[1] = manifest.layers[0].clone();
-        let layout = lay_out(
-            &manifest,
-            &[file(0, "a"), file(1, "a")],
-            &BTreeMap::new(),
-            None,
-        );
-        assert!(layout.hidden.is_empty() && layout.notes.into_lines().is_empty());
-    }
-
-    #[test]
-    fn a_tar_replaces_only_where_the_convention_says_so() {
-        let tars = BTreeMap::from([
-            (1, listing(&["a", "b", "b"])),
-            (2, listing(&["a", "b", "c"])),
-        ]);
-        let steps = [
-            file(0, "a"),
-            tar(1, Clash::Replace),
-            tar(2, Clash::KeepFirst),
-        ];
-        let layout = lay_out(&manifest(3), &steps, &tars, None);
-        assert_eq!(
-            ["a", "b", "c"].map(|path| source(&layout, path)),
-            [(1, 0), (1, 1024), (2, 1024)]
-        );
-        assert_eq!(layout.hidden, BTreeSet::from([0, 2]));
-        assert_eq!(layout.notes.into_lines().len(), 4);
-    }
-
-    #[test]
-    fn a_damaged_tar_is_shown_as_a_blob_and_spoils_the_model_if_it_is_needed() {
-        let tars = BTreeMap::from([(0, Err(TarError::TooLarge("100000 members")))]);
-        let layout = lay_out(&manifest(1), &[tar(0, Clash::Replace)], &tars, None);
-        assert_eq!(layout.hidden, BTreeSet::from([0]));
-        assert!(layout.problem.unwrap().contains("100000 members"));
-        let optional = Step {
-            role: Role::tar(false, 0),
-            ..tar(0, Clash::KeepFirst)
-        };
-        assert_eq!(
-            lay_out(&manifest(1), &[optional], &tars, None).problem,
-            None
-        );
-    }
-
-    #[test]
-    fn what_is_no_tar_is_the_file_that_its_name_says() {
-        let step = |layer, required| Step {
-            layer,
-            role: Role::Tar {
-                required,
-                whole_up_to: 0,
-                under: Under::Top,
-                links: true,
-                otherwise: Some(format!("f{layer}")),
-            },
-            clash: Clash::KeepFirst,
-        };
-        let bad = || TarError::Undecodable("it is cut off".into());
-        let tars = BTreeMap::from([
-            (0, Err(TarError::NoTar)),
-            (1, Err(bad())),
-            (2, Err(TarError::NoTar)),
-            (3, Err(bad())),
-        ]);
-        let steps = [step(0, false), step(1, false), step(2, true), step(3, true)];
-        let layout = lay_out(&manifest(4), &steps, &tars, None);
-        assert_eq!(layout.paths(), BTreeSet::from(["f0", "f1", "f2"]));
-        assert_eq!(layout.hidden, BTreeSet::from([3]));
-        assert!(layout.problem.unwrap().contains("cut off"));
-        assert_eq!(layout.notes.into_lines().len(), 2);
-    }
-
-    #[test]
-    fn links_whiteouts_and_hard_links_are_laid_over_each_other() {
-        let member = |path: &str, item: Item| Member {
-            path: path.into(),
-            offset: 512,
-            size: u64::from(item == Item::File),
-            item,
-        };
-        let layer = |members: Vec<Member>| {
-            Ok(Listing {
-                form: Form::Compressed,
-                entries: members.len(),
-                members,
-                notes: vec![],
-            })
-        };
-        let link = |target: &str| Item::Symlink(target.into());
-        let tars = BTreeMap::from([
-            (
-                0,
-                layer(vec![
-                    member("usr/bin/a", Item::File),
-                    member("usr/bin/b", Item::File),
-                    member("bin", link("usr/bin")),
-                    member("old/x", Item::File),
-                    member("old/y/z", Item::File),
-                    member("becomes-dir", Item::File),
-                    member("becomes-file/in", Item::File),
-                    member("hard", Item::HardLink("usr/bin/a".into())),
-                    member("out", link("../../../../etc/passwd")),
-                    member("abs", link("/usr/bin/b")),
-                ]),
-            ),
-            (
-                1,
-                layer(vec![
-                    member("bin/c", Item::File),
-                    member("usr/bin/.wh.a", Item::File),
-                    member("old/.wh..wh..opq", Item::File),
-                    member("old/new", Item::File),
-                    member("becomes-dir", Item::Directory),
-                    member("becomes-dir/now", Item::File),
-                    member("becomes-file", Item::File),
-                ]),
-            ),
-        ]);
-        let steps = [tar(0, Clash::Overlay), tar(1, Clash::Overlay)];
-        let layout = lay_out(&manifest(2), &steps, &tars, None);
-        let shown: Vec<(&str, Option<&str>)> = layout
-            .files
-            .iter()
-            .map(|(path, file)| match &file.source {
-                Source::Link(target) => (path.as_str(), Some(target.as_str())),
-                _ => (path.as_str(), None),
-            })
-            .collect();
-        assert_eq!(
-            shown,
-            [
-                ("abs", Some("usr/bin/b")),
-                ("becomes-dir/now", None),
-                ("becomes-file", None),
-                ("bin", Some("usr/bin")),
-                ("hard", None),
-                ("old/new", None),
-                ("usr/bin/b", None),
-                ("usr/bin/c", None),
-            ]
-        );
-        assert_eq!(layout.problem, None);
-        let notes = layout.notes.into_lines();
-        assert!(
-            notes.len() == 1 && notes[0].contains("left out the link `out`"),
-            "{notes:?}"
-        );
-    }
-
-    #[test]
-    fn too_many_files_are_a_problem() {
-        let paths: Vec<String> = (0..MOST_FILES / 2 + 1).map(|n| n.to_string()).collect();
-        let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
-        let below: Vec<String> = paths.iter().map(|path| format!("x/{path}")).collect();
-        let below: Vec<&str> = below.iter().map(String::as_str).collect();
-        let tars = BTreeMap::from([(0, listing(&paths)), (1, listing(&below))]);
-        let layout = lay_out(
-            &manifest(2),
-            &[tar(0, Clash::Replace), tar(1, Clash::Replace)],
-            &tars,
-            None,
-        );
-        assert!(layout.problem.unwrap().contains("200000 files"));
-    }
-
-    proptest! {
-        #[test]
-        fn no_path_lies_below_another_and_every_layer_is_seen(
-            steps in proptest::collection::vec(("[ab]{1}(/[ab]{1}){0,3}", any::<bool>()), 1..12),
-        ) {
-            let manifest = manifest(steps.len());
-            let steps: Vec<Step> = steps.iter().enumerate().map(|(n, (name, replace))| {
-                Step { clash: if *replace { Clash::Replace } else { Clash::KeepFirst }, ..file(n, name) }
-            }).collect();
-            let layout = lay_out(&manifest, &steps, &BTreeMap::new(), None);
-            for path in layout.files.keys() {
-                prop_assert!(ancestors(path).all(|parent| !layout.files.contains_key(parent)));
-            }
-            let shown: BTreeSet<usize> = layout.files.keys().map(|path| source(&layout, path).0).chain(layout.hidden.iter().copied()).collect();
-            prop_assert_eq!(shown.len(), steps.len());
-        }
-    }
-}
+#[path = "layout_tests.rs"]
+mod tests;

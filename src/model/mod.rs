@@ -12,7 +12,7 @@
 //! (`unpacked`, once, into the cache); of one that is compressed piece by piece, such pieces (`chunked`).
 //!
 //! What decides is pure and tested by itself: `manifest`, `convention`, `names`, `tar`, `toc`, `safetensors`, `shards`, `index`,
-//! `layout`, `overlay`, `links`, `answers`. What acts is in `plan` and `weights` (in which order to read what, over the small trait of
+//! `layout`, `overlay`, `links`, `bases`, `answers`. What acts is in `plan` and `weights` (in which order to read what, over the small trait of
 //! `fetch`) and in `models` (sharing, deadlines, what is remembered). No byte of a weight is read to build a model, beyond the headers of
 //! safetensors layers that have no name or no index.
 
@@ -29,6 +29,7 @@ use crate::registry::RegistryError;
 
 mod answers;
 mod background;
+mod bases;
 mod chunked;
 mod contents;
 mod convention;
@@ -49,6 +50,7 @@ mod plan;
 mod plans;
 mod safetensors;
 mod shards;
+mod stamp;
 mod tar;
 mod toc;
 mod unpacked;
@@ -124,6 +126,15 @@ impl ModelError {
         matches!(self, Self::Registry { source, .. } if source.is_not_found())
     }
 
+    /// Whether it may go better the next time with nothing changed where the artifact is.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Registry { source, .. } => source.is_transient(),
+            Self::Unusable { .. } => false,
+            Self::Blob { .. } | Self::Offline { .. } | Self::Timeout { .. } => true,
+        }
+    }
+
     /// Whether the registry has the manifest but not a blob that it names: damage there, not a wrong name here.
     pub fn lacks_blob(&self) -> bool {
         matches!(self, Self::Blob { source: BlobError::Fetch { source, .. }, .. } if source.is_not_found())
@@ -151,6 +162,8 @@ pub struct Model {
     pub files: Vec<File>,
     /// Symbolic links among the files, sorted by path; none has a file's path or lies below one.
     pub links: Vec<Link>,
+    /// Directories with nothing in them, which the packager meant to be there.
+    pub empty_directories: Vec<String>,
     /// What `.oci/` shows: `manifest.json`, `config.json`, `blobs/<digest>`; paths relative to `.oci/`. Beside these
     /// `index.json`, when an index lists the manifest.
     pub oci: Vec<File>,
@@ -191,6 +204,7 @@ impl Model {
             created,
             files,
             links: Vec::new(),
+            empty_directories: Vec::new(),
             oci,
             blobs: Vec::new(),
             notes: Vec::new(),
@@ -241,6 +255,10 @@ pub struct File {
     pub digest: Option<Digest>,
     /// The layer's media type; `None` for one that ocifs made.
     pub media_type: Option<String>,
+    /// When it was changed, where the artifact tells that of single files.
+    pub modified: Option<SystemTime>,
+    /// Whether the artifact says that it is a program.
+    pub executable: bool,
     /// Where its bytes are.
     pub content: Content,
 }
@@ -442,6 +460,8 @@ mod tests {
             size,
             digest: None,
             media_type: None,
+            modified: None,
+            executable: false,
             content: Content::Inline(content.clone().into()),
         };
         for (start, end) in [

@@ -7,16 +7,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::base::{Deadline, Digest, lock};
 use crate::blob::Blobs;
-use crate::cache::TagRecord;
+use crate::cache::{NoteKind, TagRecord};
 use crate::registry::{Reference, Repository, Tag};
 
 use super::answers::Answers;
+use super::bases::Pin;
 use super::chunked::Pieces;
 use super::fetch::{LARGEST_MANIFEST, Remote, on_disk};
 use super::flight::Flights;
 use super::layout::Source;
 use super::manifest::{self, Descriptor, Document, Manifest};
-use super::plan::{Plan, PlannedFile, build};
+use super::plan::{Part, Plan, PlannedFile, build};
 use super::plans::Plans;
 use super::unpacked::UnpackedLayers;
 use super::{ChunkedFile, Content, File, Link, Model, ModelConfig, ModelError};
@@ -47,6 +48,8 @@ struct Shared {
     failures: Mutex<Answers<(Repository, Digest)>>,
     planning: Flights<(Repository, Digest), Result<Arc<Plan>, ModelError>>,
     plans: Mutex<Plans>,
+    /// Which artifacts those are that others name by a tag, by the digest of who names them.
+    pins: Mutex<HashMap<Digest, Digest>>,
     /// Models that somebody uses.
     live: Mutex<HashMap<Digest, Live>>,
     /// What was named in the cache's index by this process.
@@ -74,6 +77,7 @@ impl Models {
             failures: Mutex::default(),
             planning: Flights::default(),
             plans: Mutex::default(),
+            pins: Mutex::default(),
             live: Mutex::default(),
             published: Mutex::default(),
         };
@@ -456,21 +460,21 @@ impl Shared {
     /// Builds a plan and keeps it.
     async fn plan(&self, key: (Repository, Digest)) -> Result<Arc<Plan>, ModelError> {
         let (repository, digest) = &key;
-        let fetch = Remote::new(
-            self.blobs.clone(),
-            self.layers.clone(),
-            repository.clone(),
-            self.question_timeout(),
-            self.config.platform.clone(),
-        );
-        match build(&fetch, *digest).await {
-            Ok(plan) => {
+        let built = async {
+            let mut plan = self.build(repository, *digest, Part::All).await?;
+            let settled = self.take_in_bases(&mut plan, repository).await?;
+            Ok::<_, ModelError>((plan, settled))
+        };
+        match built.await {
+            Ok((plan, settled)) => {
                 for note in &plan.notes {
                     tracing::info!(%repository, %digest, "{note}");
                 }
                 let plan = Arc::new(plan);
                 lock(&self.failures).forget(&key);
-                lock(&self.plans).insert(Arc::clone(&plan));
+                if settled {
+                    lock(&self.plans).insert(Arc::clone(&plan));
+                }
                 Ok(plan)
             }
             Err(error) => {
@@ -478,6 +482,95 @@ impl Shared {
                 Err(error)
             }
         }
+    }
+
+    async fn build(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        part: Part,
+    ) -> Result<Plan, ModelError> {
+        let fetch = Remote::new(
+            self.blobs.clone(),
+            self.layers.clone(),
+            repository.clone(),
+            self.question_timeout(),
+            self.config.platform.clone(),
+        );
+        build(&fetch, digest, part).await
+    }
+
+    /// Follows the chain of artifacts whose model is shown as this one's. Where it breaks for a reason that waiting does not mend, the
+    /// plan says so; it may be mended in the registry still, and gives that the plan is not to be kept.
+    async fn take_in_bases(
+        &self,
+        plan: &mut Plan,
+        repository: &Repository,
+    ) -> Result<bool, ModelError> {
+        let mut seen = vec![plan.manifest_id.digest];
+        let mut namer = (repository.clone(), plan.digest);
+        while let Some(reference) = plan.names.take() {
+            if let Some(reason) = plan.refuses(&namer.0, &reference) {
+                plan.problem = Some(reason);
+                return Ok(true);
+            }
+            let found = async {
+                let digest = self.base(&namer.1, &reference).await?;
+                let found = self.build(reference.repository(), digest, Part::Model);
+                found.await
+            };
+            let base = match found.await {
+                Ok(base) => base,
+                Err(error) if !error.may_pass() => {
+                    let cause = std::error::Error::source(&error).map(ToString::to_string);
+                    let cause = cause.unwrap_or_else(|| error.to_string());
+                    plan.problem = Some(format!("its model is that of {reference}: {cause}"));
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            };
+            if seen.contains(&base.manifest_id.digest) {
+                plan.problem = Some(format!("its model is that of {reference}, in a circle"));
+                return Ok(true);
+            }
+            seen.push(base.manifest_id.digest);
+            namer = (reference.repository().clone(), base.digest);
+            plan.take_in(&reference, base);
+        }
+        Ok(true)
+    }
+
+    /// What the reference to a base meant when it was followed from this artifact for the first time.
+    async fn base(&self, namer: &Digest, reference: &Reference) -> Result<Digest, ModelError> {
+        if let Some(digest) = reference.digest() {
+            return Ok(*digest);
+        }
+        if let Some(digest) = lock(&self.pins).get(namer) {
+            return Ok(*digest);
+        }
+        let (cache, name, key) = (self.blobs.cache().clone(), reference.to_string(), *namer);
+        let recall = move || {
+            let note = cache.note(NoteKind::Base, &key)?;
+            let pin: Pin = serde_json::from_slice(&note).ok()?;
+            (pin.reference == name).then_some(pin.digest)
+        };
+        let digest = match on_disk(recall).await.flatten() {
+            Some(digest) => digest,
+            None => self.resolve(reference).await?,
+        };
+        lock(&self.pins).insert(*namer, digest);
+        let (cache, key) = (self.blobs.cache().clone(), *namer);
+        let pin = Pin {
+            reference: reference.to_string(),
+            digest,
+        };
+        on_disk(move || {
+            if let Ok(note) = serde_json::to_vec(&pin) {
+                cache.set_note(NoteKind::Base, &key, &note);
+            }
+        })
+        .await;
+        Ok(digest)
     }
 
     /// The model of this digest if somebody has it. Its blobs learn of a further repository that they can come from.
@@ -494,8 +587,12 @@ impl Shared {
             (model, is_new)
         };
         if is_new {
-            for blob in &model.blobs {
-                self.blobs.open(blob.digest(), blob.size(), repository);
+            // What is of another artifact is not in this repository.
+            let own = [&model.manifest.config]
+                .into_iter()
+                .chain(&model.manifest.layers);
+            for blob in own {
+                self.blobs.open(blob.digest, blob.size, repository);
             }
         }
         Some(model)
@@ -524,9 +621,14 @@ impl Shared {
     fn with_blobs(&self, plan: &Plan, repository: &Repository) -> Model {
         let mut by_digest = HashMap::new();
         let mut blobs = Vec::new();
-        for descriptor in [&plan.manifest.config]
+        let own = (&plan.manifest.layers, repository);
+        let bases = plan.bases.iter();
+        let all = [own]
             .into_iter()
-            .chain(&plan.manifest.layers)
+            .chain(bases.map(|base| (&base.manifest.layers, &base.repository)));
+        let all = all
+            .flat_map(|(layers, repository)| layers.iter().map(move |layer| (layer, repository)));
+        for (descriptor, repository) in [(&plan.manifest.config, repository)].into_iter().chain(all)
         {
             by_digest.entry(descriptor.digest).or_insert_with(|| {
                 let blob = self
@@ -536,7 +638,7 @@ impl Shared {
                 blob
             });
         }
-        let layer = |layer: usize| &plan.manifest.layers[layer];
+        let layer = |layer: usize| plan.layer(layer);
         let blob = |n: usize| Arc::clone(&by_digest[&layer(n).digest]);
         let file = |planned: &PlannedFile| {
             let content = match &planned.source {
@@ -561,6 +663,8 @@ impl Shared {
                 size: planned.size,
                 digest: planned.digest,
                 media_type: planned.media_type.clone(),
+                modified: planned.stamp.modified(),
+                executable: planned.stamp.executable,
                 content,
             })
         };
@@ -580,6 +684,7 @@ impl Shared {
             created: plan.created,
             files: plan.files.iter().filter_map(file).collect(),
             links: plan.files.iter().filter_map(link).collect(),
+            empty_directories: plan.empty.clone(),
             oci: plan.oci.iter().filter_map(file).collect(),
             blobs,
             notes: plan.notes.clone(),

@@ -420,3 +420,154 @@ async fn a_config_that_is_not_what_its_digest_says_is_an_error() {
         "{error:?}"
     );
 }
+
+/// A kit whose model is at `path`, with these layers; gives its digest.
+fn push_kit(content: &Content, tag: &str, path: &str, layers: &[Value]) -> Digest {
+    let config = json!({"manifestVersion": "1.0.0", "model": {"path": path}}).to_string();
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": {
+            "mediaType": "application/vnd.kitops.modelkit.config.v1+json",
+            "size": config.len(),
+            "digest": content.add(config),
+        },
+        "layers": layers,
+    });
+    let digest = content.add(manifest.to_string());
+    lock(&content.tags).insert(tag.to_owned(), digest);
+    digest
+}
+
+/// A layer of a kit with one file.
+fn kit_layer(content: &Content, kind: &str, path: &str, bytes: &[u8]) -> Value {
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, path, bytes).unwrap();
+    let kind = format!("application/vnd.kitops.modelkit.{kind}.v1.tar");
+    content.layer(&kind, tar.into_inner().unwrap())
+}
+
+fn paths(model: &Model) -> Vec<&str> {
+    model.files.iter().map(|file| file.path.as_str()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chain_of_kits_is_one_model_and_stays_what_it_was() {
+    let (content, repository) = registry().await;
+    let (other, elsewhere) = registry().await;
+    let root = |bytes: &[u8]| {
+        let layers = [
+            kit_layer(&other, "model", "m/model.bin", bytes),
+            kit_layer(&other, "modelpart", "m/part.bin", b"part"),
+            kit_layer(&other, "code", "not-of-the-model.py", b"code"),
+        ];
+        push_kit(&other, "v1", "m", &layers)
+    };
+    root(b"first");
+    let own = kit_layer(&content, "modelpart", "m/part.bin", b"another part");
+    push_kit(
+        &content,
+        "middle",
+        &format!("{elsewhere}:v1"),
+        std::slice::from_ref(&own),
+    );
+    let code = kit_layer(&content, "code", "src/run.py", b"run");
+    let digest = push_kit(&content, "top", &format!("{repository}:middle"), &[code]);
+
+    let dir = tempfile::tempdir().unwrap();
+    let wanted = ["Kitfile", "m/model.bin", "m/part.bin", "src/run.py"];
+    let read = async |model: &Model, path: &str| {
+        let file = model.file(path).unwrap();
+        file.read(ByteRange::new(0, u64::MAX)).await.unwrap()
+    };
+    {
+        let models = models(dir.path(), LONG, false);
+        let model = models.open(&repository, &digest).await.unwrap();
+        assert_eq!(paths(&model), wanted);
+        assert_eq!(read(&model, "m/model.bin").await, "first");
+        assert_eq!(
+            read(&model, "m/part.bin").await,
+            "another part",
+            "the nearer kit's"
+        );
+        let notes = model.notes.join("\n");
+        assert!(
+            notes.contains(&format!("is that of {elsewhere}:v1")),
+            "{notes}"
+        );
+        // Config and code of its own, the part of the kit between, model and part of the first.
+        assert_eq!(model.blobs.len(), 5);
+        // Another repository with the same kit is not asked for what is not the kit's.
+        let further = Repository::new(repository.host(), "org/copy").unwrap();
+        models.open(&further, &digest).await.unwrap();
+        for blob in &model.blobs {
+            blob.complete().await.unwrap();
+        }
+        assert!(model.is_complete());
+    }
+    // The tag moves, but what the kit's digest shows here does not, over a restart and without any registry too.
+    root(b"second");
+    for offline in [false, true] {
+        let models = models(dir.path(), LONG, offline);
+        let model = models.open(&repository, &digest).await.unwrap();
+        assert_eq!(paths(&model), wanted);
+        assert_eq!(read(&model, "m/model.bin").await, "first");
+    }
+    // Where nothing is known of the kit, the tag is what it is now.
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    let model = models.open(&repository, &digest).await.unwrap();
+    assert_eq!(read(&model, "m/model.bin").await, "second");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chains_that_do_not_end_say_so_and_what_is_pushed_later_is_found() {
+    let (content, repository) = registry().await;
+    let dir = tempfile::tempdir().unwrap();
+    let models = models(dir.path(), LONG, false);
+    let problem = async |digest: &Digest| {
+        let model = models.inspect(&repository, digest).await.unwrap();
+        model.problem.clone()
+    };
+    push_kit(&content, "a", &format!("{repository}:b"), &[]);
+    let b = push_kit(&content, "b", &format!("{repository}:a"), &[]);
+    let said = problem(&b).await.unwrap();
+    assert!(said.contains("in a circle"), "{said}");
+
+    let layer = kit_layer(&content, "model", "model.bin", b"model");
+    push_kit(&content, "chain-0", "model.bin", &[layer]);
+    let mut last = b;
+    for n in 1..=11 {
+        let path = format!("{repository}:chain-{}", n - 1);
+        last = push_kit(&content, &format!("chain-{n}"), &path, &[]);
+        let said = problem(&last).await;
+        match n {
+            11 => assert!(said.unwrap().contains("more than 10"), "{n}"),
+            _ => assert_eq!(said, None, "{n}"),
+        }
+    }
+
+    // Something without a model, something that is not there yet.
+    let code = kit_layer(&content, "code", "a.py", b"a");
+    push_kit(&content, "code-only", "", &[code]);
+    let digest = push_kit(&content, "x", &format!("{repository}:code-only"), &[]);
+    assert!(problem(&digest).await.unwrap().contains("code-only"));
+    let digest = push_kit(&content, "y", &format!("{repository}:later"), &[]);
+    let said = problem(&digest).await.unwrap();
+    assert!(said.contains("later"), "{said}");
+    let layer = kit_layer(&content, "model", "model.bin", b"model");
+    push_kit(&content, "later", "model.bin", &[layer]);
+    // That a tag is not there is remembered for some seconds.
+    let found = async {
+        while problem(&digest).await.is_some() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), found)
+        .await
+        .unwrap();
+    assert_ne!(last, digest);
+}

@@ -3,6 +3,7 @@
 use super::layout::{Layout, Placed, Source, Taken};
 use super::links::{self, Lost, There};
 use super::notes::quote;
+use super::stamp::Stamp;
 use super::tar::Listing;
 
 /// What a layer of an image begins the name of a whiteout with, and the whiteout of a whole directory.
@@ -19,13 +20,7 @@ pub(super) fn is_whiteout(path: &str) -> bool {
 impl Layout {
     /// Puts a file of an image's layer over what lies there.
     pub(super) fn overlay(&mut self, path: String, file: Placed, by: &str) {
-        let path = match path.rsplit_once('/') {
-            Some((directory, name)) => match self.physical(directory) {
-                directory if directory.is_empty() => name.to_owned(),
-                directory => format!("{directory}/{name}"),
-            },
-            None => path,
-        };
+        let path = self.beneath_links(&path);
         match self.taken(&path) {
             Some(Taken::Directory) => {
                 self.remove_below(&path);
@@ -66,9 +61,15 @@ impl Layout {
         }
     }
 
-    /// Takes a file or link away, for a directory of its name.
-    pub(super) fn remove_file(&mut self, path: &str) {
-        self.files.remove(path);
+    /// The path that a layer's entry has when the directories above it are links of the layers below.
+    pub(super) fn beneath_links(&self, path: &str) -> String {
+        match path.rsplit_once('/') {
+            Some((directory, name)) => match self.physical(directory) {
+                directory if directory.is_empty() => name.to_owned(),
+                directory => format!("{directory}/{name}"),
+            },
+            None => path.to_owned(),
+        }
     }
 
     /// Removes all that lies below a directory; below the model's own, everything.
@@ -139,7 +140,15 @@ impl Layout {
                 Ok(end) => {
                     let size = end.len() as u64;
                     let source = Source::Link(end);
-                    self.files.insert(path, Placed { size, source });
+                    let stamp = Stamp::default();
+                    self.files.insert(
+                        path,
+                        Placed {
+                            size,
+                            source,
+                            stamp,
+                        },
+                    );
                 }
                 Err(why) => {
                     self.files.remove(&path);

@@ -11,6 +11,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use crate::base::Digest;
 
 use super::ModelError;
+use super::bases::Base;
 use super::contents::list_tars;
 use super::convention;
 use super::created::created;
@@ -18,7 +19,9 @@ use super::fetch::{BlobId, Fetch, whole};
 use super::layout::{Placed, Source};
 use super::manifest::{self, Descriptor, Document, Manifest};
 use super::notes::quote;
+use super::stamp::Stamp;
 use super::weights;
+use crate::registry::Reference;
 
 /// Largest config that is read.
 const LARGEST_CONFIG: u64 = 16 << 20;
@@ -40,12 +43,27 @@ pub(super) struct Plan {
     pub(super) created: SystemTime,
     /// The files, sorted by path.
     pub(super) files: Vec<PlannedFile>,
+    /// Directories with nothing in them.
+    pub(super) empty: Vec<String>,
     /// The files below `.oci`.
     pub(super) oci: Vec<PlannedFile>,
     /// Notes.
     pub(super) notes: Vec<String>,
     /// Why the artifact is of no use as a directory.
     pub(super) problem: Option<String>,
+    /// The artifact whose model is shown as its own, which is still to be taken in.
+    pub(super) names: Option<Reference>,
+    /// Those that were taken in.
+    pub(super) bases: Vec<Base>,
+}
+
+/// What of an artifact is planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    /// All of it.
+    All,
+    /// The model alone, which another artifact shows as its own.
+    Model,
 }
 
 /// One file of a plan.
@@ -61,12 +79,25 @@ pub(super) struct PlannedFile {
     pub(super) media_type: Option<String>,
     /// Where its bytes are.
     pub(super) source: Source,
+    /// What its packager told of it.
+    pub(super) stamp: Stamp,
 }
 
 impl Plan {
     /// Something like the memory that it takes, in files.
     pub(super) fn weight(&self) -> usize {
-        64 + self.files.len() + self.oci.len() + self.manifest.layers.len()
+        64 + self.files.len() + self.empty.len() + self.oci.len() + self.manifest.layers.len()
+    }
+}
+
+impl Part {
+    /// Leaves the layers of this part.
+    fn cut(self, manifest: &mut Manifest) {
+        if self == Self::Model {
+            manifest
+                .layers
+                .retain(|layer| convention::is_of_model(&layer.media_type));
+        }
     }
 }
 
@@ -88,7 +119,11 @@ impl Descriptor {
 }
 
 /// Builds the plan of what `digest` names.
-pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, ModelError> {
+pub(super) async fn build<F: Fetch>(
+    fetch: &F,
+    digest: Digest,
+    part: Part,
+) -> Result<Plan, ModelError> {
     let document = read_manifest(fetch, digest).await?;
     let Chosen {
         manifest_id,
@@ -102,10 +137,12 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
         let config = config(fetch, &manifest).await?;
         let known = config.as_deref().unwrap_or_default();
         note_diff_ids(&mut manifest, known);
+        part.cut(&mut manifest);
         let steps = (convention.steps)(&manifest, known);
         let tars = list_tars(fetch, &manifest, &steps).await?;
         (config, steps, tars)
     } else {
+        part.cut(&mut manifest);
         let steps = (convention.steps)(&manifest, &[]);
         let (config, tars) = futures_util::future::try_join(
             config(fetch, &manifest),
@@ -117,12 +154,16 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
     let mut layout = weights::lay_out(fetch, &manifest, &steps, &tars).await?;
 
     let created = created(&manifest, config.as_deref().unwrap_or_default());
+    let mut names = None;
     if let Some(extras) = convention.extras {
         let extras = extras(&manifest, config.as_deref().unwrap_or_default());
-        for (path, content) in extras.files {
-            layout.add_made(path, content);
+        if part == Part::All {
+            for (path, content) in extras.files {
+                layout.add_made(path, content);
+            }
         }
         layout.notes.extend(extras.notes);
+        names = extras.base;
     }
     let mut oci = vec![made(
         "manifest.json",
@@ -144,6 +185,7 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
     }
     oci.extend(hidden_blobs(&manifest, &layout.hidden));
     oci.sort_by(|a, b| a.path.cmp(&b.path));
+    let empty = layout.empty_directories();
     let files: Vec<PlannedFile> = layout
         .files
         .into_iter()
@@ -151,7 +193,7 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
         .collect();
     let problem = layout
         .problem
-        .or_else(|| files.is_empty().then(|| nothing_usable(&manifest)));
+        .or_else(|| (files.is_empty() && names.is_none()).then(|| nothing_usable(&manifest)));
     let notes = layout.notes.into_lines();
     Ok(Plan {
         digest,
@@ -160,9 +202,12 @@ pub(super) async fn build<F: Fetch>(fetch: &F, digest: Digest) -> Result<Plan, M
         packaging: convention.name,
         created,
         files,
+        empty,
         oci,
         notes,
         problem,
+        names,
+        bases: Vec::new(),
     })
 }
 
@@ -174,6 +219,7 @@ fn planned(manifest: &Manifest, path: String, placed: Placed) -> PlannedFile {
         digest: layer.map(|layer| layer.digest),
         media_type: layer.map(|layer| layer.media_type.clone()),
         source: placed.source,
+        stamp: placed.stamp,
     }
 }
 
@@ -186,6 +232,7 @@ fn made(path: &str, bytes: Bytes, digest: Digest, media_type: &str) -> PlannedFi
             .filter(|text| !text.is_empty())
             .map(str::to_owned),
         source: Source::Made(bytes),
+        stamp: Stamp::default(),
     }
 }
 
@@ -237,10 +284,7 @@ fn hidden_blobs(manifest: &Manifest, hidden: &BTreeSet<usize>) -> Vec<PlannedFil
         .map(|n| (manifest.layers[*n].digest, *n))
         .collect();
     let file = |(digest, layer): (Digest, usize)| {
-        let placed = Placed {
-            size: manifest.layers[layer].size,
-            source: Source::Layer { layer, offset: 0 },
-        };
+        let placed = Placed::whole(layer, &manifest.layers[layer]);
         planned(manifest, format!("blobs/{digest}"), placed)
     };
     by_digest.into_iter().map(file).collect()

@@ -229,7 +229,7 @@ async fn nameless_shards_get_the_names_of_the_index_in_the_config_tar() {
             .collect();
         layers.push(memory.layer(CONFIG_TAR, None, tar.clone()));
         let digest = memory.manifest_of(V01, CREATED, &layers);
-        let plan = build(&memory, digest).await.unwrap();
+        let plan = build(&memory, digest, Part::All).await.unwrap();
         assert_eq!(memory.read(&plan, "model-00001-of-00002.safetensors"), one);
         assert_eq!(memory.read(&plan, "model-00002-of-00002.safetensors"), two);
         assert_eq!(memory.read(&plan, "model.safetensors.index.json"), index());
@@ -262,7 +262,7 @@ async fn nameless_shards_without_an_index_get_plain_names_and_an_index() {
         memory.layer("application/vnd.docker.ai.license", None, "MIT"),
     ];
     let digest = memory.manifest_of(V01, CREATED, &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     let expected = [
         "LICENSE",
         "config.json",
@@ -287,7 +287,7 @@ async fn a_single_nameless_layer_needs_no_header() {
     let [one, _] = shards();
     let layers = [memory.layer(SHARD, None, one.clone())];
     let digest = memory.manifest_of(V01, "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert_eq!(paths(&plan.files), ["model.safetensors"]);
     assert_eq!(memory.peeked(&one), 0);
     assert_eq!(plan.created, SystemTime::UNIX_EPOCH);
@@ -315,7 +315,7 @@ async fn named_layers_keep_their_names_and_are_not_looked_into() {
         memory.layer(CONFIG_TAR, None, tar),
     ];
     let digest = memory.manifest_of(V01, "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert_eq!(memory.read(&plan, "model-00002-of-00002.safetensors"), two);
     assert_eq!((memory.peeked(&one), memory.peeked(&two)), (0, 0));
     assert!(plan.notes.is_empty());
@@ -362,7 +362,7 @@ async fn v02_and_both_spellings_of_modelpack_keep_nested_paths() {
             memory.layer(other, Some((key, "shared")), "a file where a directory is"),
         ];
         let digest = memory.manifest_of(config, "{}", &layers);
-        let plan = build(&memory, digest).await.unwrap();
+        let plan = build(&memory, digest, Part::All).await.unwrap();
         assert_eq!(plan.packaging, name);
         let expected = [
             "model.safetensors.index.json",
@@ -400,7 +400,7 @@ async fn members_of_weight_tars_are_found_by_small_ranges() {
         memory.layer(tar, Some((FILEPATH, "ignored")), second),
     ];
     let digest = memory.manifest_of("application/vnd.cncf.model.config.v1+json", "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert_eq!(
         paths(&plan.files),
         [
@@ -427,7 +427,7 @@ async fn what_has_no_usable_file_says_so_and_can_be_inspected() {
         memory.layer("application/vnd.example.v1", None, "two"),
     ];
     let digest = memory.manifest_of("application/vnd.example.config.v1+json", "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert!(plan.files.is_empty());
     let problem = plan.problem.as_deref().unwrap();
     assert!(
@@ -437,7 +437,7 @@ async fn what_has_no_usable_file_says_so_and_can_be_inspected() {
     assert_eq!(plan.oci.len(), 4);
     let empty = memory.manifest_of("application/vnd.oci.empty.v1+json", "{}", &[]);
     assert!(
-        build(&memory, empty)
+        build(&memory, empty, Part::All)
             .await
             .unwrap()
             .problem
@@ -461,7 +461,7 @@ async fn an_index_is_followed_once() {
         memory.add(json!({"schemaVersion": 2, "manifests": [entry]}).to_string())
     };
     let index = index_of(&mut memory, child);
-    let plan = build(&memory, index).await.unwrap();
+    let plan = build(&memory, index, Part::All).await.unwrap();
     assert_eq!((plan.digest, plan.manifest_id.digest), (index, child));
     assert_eq!(paths(&plan.files), ["a.txt"]);
     assert_eq!(
@@ -470,7 +470,7 @@ async fn an_index_is_followed_once() {
     );
     let nested = index_of(&mut memory, index);
     assert!(matches!(
-        build(&memory, nested).await,
+        build(&memory, nested, Part::All).await,
         Err(ModelError::Unusable { .. })
     ));
 }
@@ -493,7 +493,7 @@ async fn a_config_tar_replaces_files_openly_and_nothing_is_lost() {
         memory.layer(SHARD, None, safetensors_file(&[("a", 1)])),
     ];
     let digest = memory.manifest_of(V01, "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert_eq!(
         paths(&plan.files),
         ["LICENSE", "config.json", "extra.json", "model.safetensors"]
@@ -536,7 +536,7 @@ async fn hostile_config_tars_end_soon_and_spoil_the_model_openly() {
         ];
         let digest = memory.manifest_of(V01, "{}", &layers);
         let started = Instant::now();
-        let plan = build(&memory, digest).await.unwrap();
+        let plan = build(&memory, digest, Part::All).await.unwrap();
         assert!(
             plan.problem.as_deref().unwrap().contains(reason),
             "{:?}",
@@ -561,7 +561,7 @@ async fn malformed_shards_are_shown_without_an_index() {
         memory.layer(SHARD, None, ""),
     ];
     let digest = memory.manifest_of(V01, "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert_eq!(plan.files.len(), 3);
     assert!(
         plan.notes[0].contains("no model.safetensors.index.json is made"),
@@ -570,7 +570,7 @@ async fn malformed_shards_are_shown_without_an_index() {
     );
     let with_index = [&layers[..], &[memory.layer(CONFIG_TAR, None, tar)]].concat();
     let digest = memory.manifest_of(V01, "{}", &with_index);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert!(paths(&plan.files).contains(&"model-00001-of-00002.safetensors"));
     assert!(paths(&plan.files).contains(&"model-00002-of-00003.safetensors"));
 }
@@ -586,16 +586,16 @@ async fn what_cannot_be_fetched_is_an_error_and_not_another_tree() {
     let digest = memory.manifest_of(V01, "{}", &layers);
     memory.content.remove(&Digest::of(&two));
     assert!(matches!(
-        build(&memory, digest).await,
+        build(&memory, digest, Part::All).await,
         Err(ModelError::Offline { .. })
     ));
     assert!(matches!(
-        build(&memory, Digest::of(b"not there")).await,
+        build(&memory, Digest::of(b"not there"), Part::All).await,
         Err(ModelError::Offline { .. })
     ));
     let html = memory.add("<html>");
     assert!(matches!(
-        build(&memory, html).await,
+        build(&memory, html, Part::All).await,
         Err(ModelError::Unusable { .. })
     ));
 }
@@ -617,7 +617,7 @@ async fn a_cache_without_room_makes_no_other_tree() {
         memory.layer(CONFIG_TAR, None, tar),
     ];
     let digest = memory.manifest_of(V01, "{}", &layers);
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     assert!(paths(&plan.files).contains(&"model-00002-of-00002.safetensors"));
     assert_eq!(memory.read(&plan, "config.json"), "{}");
 }
@@ -640,7 +640,7 @@ async fn many_tars_of_many_entries_end_soon() {
     );
     let digest = memory.manifest_of(V01, "{}", &vec![layer; 5_000]);
     let started = Instant::now();
-    let plan = build(&memory, digest).await.unwrap();
+    let plan = build(&memory, digest, Part::All).await.unwrap();
     let problem = plan.problem.unwrap();
     assert!(problem.contains("200000"), "{problem}");
     assert!(started.elapsed().as_secs() < 60);

@@ -17,6 +17,7 @@ use super::chunked::Chunk;
 use super::inflate::Compression;
 use super::names::{self, MemberName};
 use super::notes::{Notes, quote};
+use super::stamp::Stamp;
 
 /// Most entries of any type.
 const MOST_ENTRIES: usize = 100_000;
@@ -40,6 +41,9 @@ pub(super) struct Member {
     pub(super) size: u64,
     /// What it is.
     pub(super) item: Item,
+    /// What its header tells of it.
+    #[serde(default, skip_serializing_if = "Stamp::is_empty")]
+    pub(super) stamp: Stamp,
 }
 
 /// What a member is.
@@ -49,7 +53,7 @@ pub(super) enum Item {
     File,
     /// A regular file in pieces that are compressed by themselves.
     Chunked(Arc<[Chunk]>),
-    /// A directory. It says nothing that the paths below it don't, but where layers lie over each other.
+    /// A directory.
     Directory,
     /// A symbolic link to what it says, which nobody has checked.
     Symlink(String),
@@ -71,7 +75,7 @@ pub(super) struct Listing {
 }
 
 /// The form of a remembered listing: JSON in one zstd frame. Another version's is none.
-const NOTE_VERSION: u32 = 1;
+const NOTE_VERSION: u32 = 2;
 /// The largest listing that is read back, uncompressed.
 const LARGEST_NOTE: u64 = 512 << 20;
 
@@ -167,6 +171,7 @@ struct Entry {
     /// Where the entry after it begins.
     next: u64,
     kind: Kind,
+    stamp: Stamp,
 }
 
 /// What becomes of an entry.
@@ -281,6 +286,7 @@ impl Walk {
                     offset: 0,
                     size: 0,
                     item,
+                    stamp: Stamp::default(),
                 });
                 None
             }
@@ -294,6 +300,7 @@ impl Walk {
                     offset,
                     size,
                     item,
+                    stamp: entry.stamp,
                 });
                 None
             }
@@ -392,12 +399,18 @@ fn attempt(window: &[u8], at: u64, is_last: bool) -> Result<Attempt, TarError> {
         at,
         reason: "its size overflows".into(),
     })?;
+    let (mode, modified) = (entry.header().mode(), entry.header().mtime());
+    let stamp = match kind {
+        Kind::File => Stamp::new(modified.ok(), mode.unwrap_or(0)),
+        _ => Stamp::default(),
+    };
     Ok(Attempt::Entry(Entry {
         name,
         offset,
         size,
         next,
         kind,
+        stamp,
     }))
 }
 

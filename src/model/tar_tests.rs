@@ -158,6 +158,7 @@ fn nothing_but_files_inside_gets_in() {
             offset: tar.len() as u64,
             size: 0,
             item: Item::File,
+            stamp: Stamp::default(),
         }]
     );
     assert_eq!(listing.notes.len(), 12, "{:#?}", listing.notes);

@@ -13,6 +13,7 @@ use super::inflate::{self, Compression};
 use super::manifest::Descriptor;
 use super::names::{self, MemberName};
 use super::notes::{Notes, quote};
+use super::stamp::Stamp;
 use super::tar::{Form, Item, Listing, Member};
 use crate::base::{ByteRange, Digest};
 
@@ -106,6 +107,8 @@ struct Entry {
     chunk_size: u64,
     chunk_digest: String,
     chunk_type: String,
+    mode: i64,
+    modtime: String,
 }
 
 /// What a table lists. The error is for people.
@@ -206,6 +209,10 @@ fn list(entries: &[Entry], end: u64) -> Result<Listing, String> {
                 path,
                 offset: 0,
                 size: entry.size,
+                stamp: match item {
+                    Item::Chunked(_) => Stamp::of_text(&entry.modtime, (entry.mode & 0o777) as u32),
+                    _ => Stamp::default(),
+                },
                 item,
             }),
             Err(_) if item == Item::Directory => {}

@@ -136,13 +136,7 @@ async fn name_shards<F: Fetch>(
         Some(index) => {
             let extents: Vec<Placed> = nameless
                 .iter()
-                .map(|layer| Placed {
-                    size: manifest.layers[*layer].size,
-                    source: Source::Layer {
-                        layer: *layer,
-                        offset: 0,
-                    },
-                })
+                .map(|layer| Placed::whole(*layer, &manifest.layers[*layer]))
                 .collect();
             headers.read(fetch, manifest, &extents).await?;
             let tensors = extents.iter().map(|extent| match &headers.known[extent] {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::address::{host_of, is_loopback};
 use super::error::bounded;
 use crate::base::Digest;
 
@@ -92,6 +93,10 @@ impl Repository {
         } else {
             &self.host
         }
+    }
+    /// Whether the registry is one of this machine, by its name alone.
+    pub fn is_loopback(&self) -> bool {
+        is_loopback(host_of(&self.host))
     }
     /// Whether a string can name a registry host: it has a '.' or ':' or is `localhost`, and is well-formed.
     pub fn is_host(text: &str) -> bool {

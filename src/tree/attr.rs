@@ -41,7 +41,9 @@ pub struct Attr {
     pub size: u64,
     /// What of it is local, in units of 512 bytes.
     pub blocks: u64,
-    /// When the artifact was created, else when the tree was made.
+    /// Whether it is a file that may be executed.
+    pub executable: bool,
+    /// When the file was changed, else when the artifact was created, else when the tree was made.
     pub time: SystemTime,
     /// Owner.
     pub uid: u32,
@@ -50,6 +52,11 @@ pub struct Attr {
 }
 
 impl Attr {
+    /// Permission bits: its kind's, and a program may be run by whoever may read it.
+    pub fn mode(&self) -> u16 {
+        self.kind.mode() | if self.executable { 0o111 } else { 0 }
+    }
+
     /// `st_blksize`: how much stdio and Python's buffered readers ask for at once. 128 KiB is the kernel's readahead
     /// window and what coreutils use anyway; more would only make every reader of a small file allocate it.
     pub const BLOCK_SIZE: u32 = 128 << 10;

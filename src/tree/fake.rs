@@ -22,6 +22,8 @@ pub(super) fn file(path: &str, content: &str) -> File {
         size: bytes.len() as u64,
         digest: Some(Digest::of(&bytes)),
         media_type: Some("application/octet-stream".to_owned()),
+        modified: None,
+        executable: false,
         content: Content::Inline(bytes),
     }
 }

@@ -224,6 +224,7 @@ impl Tree {
     }
 
     fn attr(&self, node: &Node, ino: NodeId) -> Attr {
+        let mut executable = false;
         let (kind, size, blocks, time) = match node {
             Node::Root | Node::Host(_) | Node::Folder(_) => (Kind::Directory, 0, 0, self.0.started),
             Node::Directory { place, .. } => {
@@ -232,15 +233,13 @@ impl Tree {
                 (Kind::Directory, 0, 0, time)
             }
             Node::File { shown, path, .. } => {
-                let (size, cached) = shown
-                    .file(path)
-                    .map_or((0, 0), |file| (file.size, file.cached()));
-                (
-                    Kind::File,
-                    size,
-                    attr::blocks(size, cached),
-                    shown.model().created,
-                )
+                let file = shown.file(path);
+                let (size, cached) = file.map_or((0, 0), |file| (file.size, file.cached()));
+                let time = file
+                    .and_then(|file| file.modified)
+                    .unwrap_or(shown.model().created);
+                executable = file.is_some_and(|file| file.executable);
+                (Kind::File, size, attr::blocks(size, cached), time)
             }
             Node::Link { target, .. } => (Kind::Link, target.len() as u64, 0, self.0.started),
         };
@@ -249,6 +248,7 @@ impl Tree {
             kind,
             size,
             blocks,
+            executable,
             time,
             uid: self.0.config.uid,
             gid: self.0.config.gid,

@@ -61,6 +61,14 @@ impl Shown {
                 insert(&mut directories, &link.path, Child::Link(index));
             }
         }
+        for path in &model.empty_directories {
+            if path != OCI_DIR
+                && !path.starts_with(".oci/")
+                && insert(&mut directories, path, Child::Directory)
+            {
+                directories.entry(path.clone()).or_default();
+            }
+        }
         Self { model, directories }
     }
 
@@ -125,7 +133,12 @@ pub(super) fn join(directory: &str, name: &str) -> String {
     }
 }
 
-fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str, child: Child) {
+/// Puts something at a path, below directories that are made; gives whether it did.
+fn insert(
+    directories: &mut HashMap<String, BTreeMap<String, Child>>,
+    path: &str,
+    child: Child,
+) -> bool {
     let parts: Vec<&str> = path.split('/').collect();
     let usable = |part: &&str| {
         !part.is_empty()
@@ -136,10 +149,10 @@ fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str
     };
     if parts.len() > DEPTH_MAX || !parts.iter().all(usable) {
         tracing::warn!(path, "a file is not shown: its path cannot be one");
-        return;
+        return false;
     }
     let Some((name, above)) = parts.split_last() else {
-        return;
+        return false;
     };
     // Look before anything is made: a file that lies on another one's path is left out as a whole.
     let mut directory = String::new();
@@ -149,7 +162,7 @@ fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str
             .and_then(|children| children.get(*part))
         {
             tracing::warn!(path, "a file is not shown: it would be inside another file");
-            return;
+            return false;
         }
         directory = join(&directory, part);
     }
@@ -158,7 +171,7 @@ fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str
         .is_some_and(|children| children.contains_key(*name))
     {
         tracing::warn!(path, "a file is not shown: its name is taken");
-        return;
+        return false;
     }
     let mut directory = String::new();
     for part in above {
@@ -172,6 +185,7 @@ fn insert(directories: &mut HashMap<String, BTreeMap<String, Child>>, path: &str
         .entry(directory)
         .or_default()
         .insert((*name).to_owned(), child);
+    true
 }
 
 #[cfg(test)]

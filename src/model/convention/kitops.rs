@@ -4,6 +4,9 @@
 //! `pkg/lib/filesystem/unpack/core.go` for the paths. A layer's entry in the Kitfile is the one with its digest, in kits that
 //! tell digests; there the names in the tar are the paths. In older ones it is the next entry of the layer's kind, and the
 //! names are relative to the folder that the entry's path lies in.
+//!
+//! A kit may have the model of another one: its `model.path` is then a reference, and of the artifact there the model is shown beside the
+//! kit's own files.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -13,6 +16,7 @@ use super::{
     nameless, title,
 };
 use crate::model::notes::quote;
+use crate::registry::Reference;
 
 /// The type of a Kitfile.
 pub(super) const CONFIG: &str = "application/vnd.kitops.modelkit.config.v1+json";
@@ -85,6 +89,8 @@ impl Kitfile {
     }
 }
 
+/// What a code layer is in truth (kitops `pkg/lib/constants/consts.go`).
+const SUBTYPE: &str = "ml.kitops.modelkit.layer-subtype";
 const KINDS: [&str; 6] = ["model", "modelpart", "code", "dataset", "docs", "prompt"];
 
 fn steps(manifest: &Manifest, config: &[u8]) -> Vec<Step> {
@@ -102,6 +108,10 @@ fn steps(manifest: &Manifest, config: &[u8]) -> Vec<Step> {
             .strip_prefix(PREFIX)
             .and_then(|tail| tail.split_once(".v1."))
             .unwrap_or_default();
+        let kind = match (kind, layer.annotation(SUBTYPE)) {
+            ("code", Some("prompt")) => "prompt",
+            _ => kind,
+        };
         let Some(place) = KINDS.iter().position(|known| *known == kind) else {
             steps.push(keep(n, unknown(layer)));
             continue;
@@ -153,6 +163,39 @@ fn unknown(layer: &Descriptor) -> Role {
     )
 }
 
+/// Whether a layer is of the model itself.
+pub(super) fn is_of_model(media_type: &str) -> bool {
+    let kind = media_type.strip_prefix(PREFIX);
+    kind.is_some_and(|kind| kind.starts_with("model.") || kind.starts_with("modelpart."))
+}
+
+/// Where a kit's model is.
+#[derive(Debug, PartialEq, Eq)]
+enum Whose {
+    /// In its layers.
+    Own,
+    /// In this artifact.
+    Of(Box<Reference>),
+    /// In an artifact of the packager's own storage, which no registry has.
+    Stored,
+}
+
+/// What the path of a kit's model says (kitops `pkg/artifact/util.go`): with a tag or a digest it is a reference, whose first component is a
+/// registry when it looks like one; further tags may follow behind commas.
+fn whose(path: &str) -> Whose {
+    let text = path.split(',').next().unwrap_or_default();
+    let Some(reference) = Some(text)
+        .filter(|text| text.contains([':', '@']))
+        .and_then(|text| text.parse::<Reference>().ok())
+    else {
+        return Whose::Own;
+    };
+    match text.split_once('/') {
+        Some((host, _)) if host.contains([':', '.']) => Whose::Of(Box::new(reference)),
+        _ => Whose::Stored,
+    }
+}
+
 /// The Kitfile at the top, as it is packaged: JSON, which is YAML too.
 fn extras(manifest: &Manifest, config: &[u8]) -> Extras {
     let mut extras = Extras::default();
@@ -160,13 +203,14 @@ fn extras(manifest: &Manifest, config: &[u8]) -> Extras {
         extras.files.push((KITFILE, Bytes::copy_from_slice(config)));
     }
     let kitfile = Kitfile::parse(config);
-    let other = kitfile.model.map(|model| model.path).unwrap_or_default();
-    // kitops `pkg/artifact/util.go`: a path with a tag or a digest is a reference.
-    if other.contains([':', '@']) && other.parse::<crate::registry::Reference>().is_ok() {
-        extras.notes.push(format!(
-            "its model is that of another ModelKit, {}: open that one beside it",
-            quote(&other)
-        ));
+    let path = kitfile.model.map(|model| model.path).unwrap_or_default();
+    match whose(&path) {
+        Whose::Own => {}
+        Whose::Of(reference) => extras.base = Some(*reference),
+        Whose::Stored => extras.notes.push(format!(
+            "its model is that of the kit {}, in the storage of whoever packed it",
+            quote(&path)
+        )),
     }
     extras
 }
@@ -228,15 +272,65 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_is_another_kit_is_said() {
+    fn a_path_with_a_tag_or_a_digest_is_another_kit() {
+        let digest = crate::base::Digest::of(b"kit");
+        for (path, whose_model) in [
+            ("./model.gguf", None),
+            ("models/", None),
+            ("", None),
+            ("C:\\model.gguf", None),
+            ("ghcr.io/jozu/base:v1", Some("ghcr.io/jozu/base:v1")),
+            ("ghcr.io/jozu/base:v1,v2", Some("ghcr.io/jozu/base:v1")),
+            ("localhost:5000/base:v1", Some("localhost:5000/base:v1")),
+            (
+                &format!("ghcr.io/jozu/base@{digest}"),
+                Some(&format!("ghcr.io/jozu/base@{digest}")),
+            ),
+        ] {
+            let wanted = whose_model.map_or(Whose::Own, |text| {
+                Whose::Of(Box::new(text.parse().unwrap()))
+            });
+            assert_eq!(whose(path), wanted, "{path}");
+        }
+        assert_eq!(whose("jozu/base:v1"), Whose::Stored);
+        assert_eq!(whose("base:v1"), Whose::Stored);
+
         let manifest = manifest(&[]);
-        let config = json!({"model": {"path": "ghcr.io/jozu/base:v1"}}).to_string();
-        let extras = extras(&manifest, config.as_bytes());
-        assert!(extras.notes[0].contains("`ghcr.io/jozu/base:v1`"));
-        assert_eq!(extras.files[0], (KITFILE, Bytes::from(config)));
-        for local in ["./model.gguf", "models/", ""] {
-            let config = json!({"model": {"path": local}}).to_string();
-            assert!(super::extras(&manifest, config.as_bytes()).notes.is_empty());
+        let of = |path: &str| {
+            let config = json!({"model": {"path": path}}).to_string();
+            extras(&manifest, config.as_bytes())
+        };
+        let found = of("ghcr.io/jozu/base:v1");
+        assert_eq!(found.base, "ghcr.io/jozu/base:v1".parse().ok());
+        assert!(found.notes.is_empty() && found.files.len() == 1);
+        let stored = of("jozu/base:v1");
+        assert!(stored.base.is_none() && stored.notes[0].contains("`jozu/base:v1`"));
+    }
+
+    #[test]
+    fn prompts_are_code_by_their_type() {
+        let mut manifest = manifest(&["code.v1.tar", "code.v1.tar"]);
+        manifest.layers[0]
+            .annotations
+            .insert(SUBTYPE.to_owned(), "prompt".to_owned());
+        let config = json!({"code": [{"path": "src/a.py"}], "prompts": [{"path": "p/b.md"}]});
+        let steps = steps(&manifest, config.to_string().as_bytes());
+        assert_eq!(under(&steps[0]), &Under::Folder("p".into()));
+        assert_eq!(under(&steps[1]), &Under::Folder("src".into()));
+    }
+
+    #[test]
+    fn the_model_alone_is_what_another_kit_takes() {
+        for kind in ["model.v1.tar", "modelpart.v1.tar+gzip", "model.v1.raw"] {
+            assert!(is_of_model(&format!("{PREFIX}{kind}")), "{kind}");
+        }
+        for kind in [
+            "code.v1.tar",
+            "dataset.v1.tar",
+            "docs.v1.tar",
+            "config.v1+json",
+        ] {
+            assert!(!is_of_model(&format!("{PREFIX}{kind}")), "{kind}");
         }
     }
 }

@@ -6,6 +6,7 @@
 use bytes::Bytes;
 
 use super::manifest::{Descriptor, Manifest};
+use crate::registry::Reference;
 
 mod docker;
 mod docker_v01;
@@ -46,6 +47,8 @@ pub(super) struct Convention {
 pub(super) struct Extras {
     /// Files of the top folder that the config makes up.
     pub(super) files: Vec<(&'static str, Bytes)>,
+    /// The artifact whose model is shown as this one's own.
+    pub(super) base: Option<Reference>,
     /// What is worth saying.
     pub(super) notes: Vec<String>,
 }
@@ -131,6 +134,11 @@ pub(super) fn of(manifest: &Manifest) -> &'static Convention {
     ALL.iter()
         .find(|convention| (convention.recognises)(manifest))
         .expect("the last convention takes everything")
+}
+
+/// Whether a layer of this type is part of the model that an artifact has, and not of what is packed beside it.
+pub(super) fn is_of_model(media_type: &str) -> bool {
+    kitops::is_of_model(media_type) || modelpack::is_of_model(media_type)
 }
 
 /// Keeps the first of two files on one path.

@@ -38,6 +38,11 @@ fn tail(media_type: &str) -> Option<&str> {
         .find_map(|prefix| media_type.strip_prefix(prefix))
 }
 
+/// Whether a layer is of the model itself, its configuration included.
+pub(super) fn is_of_model(media_type: &str) -> bool {
+    tail(media_type).is_some_and(|tail| tail.starts_with("weight."))
+}
+
 fn steps(manifest: &Manifest, _config: &[u8]) -> Vec<Step> {
     manifest
         .layers

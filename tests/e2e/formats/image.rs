@@ -1,7 +1,7 @@
 //! Container images: KServe's modelcars and any other, made by buildah and umoci, unpacked again by umoci for comparison.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -144,7 +144,7 @@ impl Umoci {
 }
 
 #[test]
-fn whiteouts_opaque_directories_and_links_are_those_of_umoci() {
+fn whiteouts_directories_links_and_times_are_those_of_umoci() {
     let umoci = Umoci::new();
     let dir = scratch("tree");
     let path = |name: &str| dir.path().join(name);
@@ -159,6 +159,22 @@ fn whiteouts_opaque_directories_and_links_are_those_of_umoci() {
         fs::write(path(name), text).unwrap();
     }
     fs::create_dir_all(path("one/models/folder-then-file/z")).unwrap();
+    fs::create_dir_all(path("one/models/empty/below")).unwrap();
+    fs::write(
+        path("one/models/run.sh"),
+        "#!/bin/sh\necho from the image\n",
+    )
+    .unwrap();
+    fs::set_permissions(path("one/models/run.sh"), fs::Permissions::from_mode(0o755)).unwrap();
+    run(
+        "touch",
+        [
+            "-d",
+            "2024-02-29T12:00:00Z",
+            path("one/models/a.bin").to_str().unwrap(),
+        ],
+    )
+    .ok();
     fs::write(path("one/models/folder-then-file/z/1"), "1").unwrap();
     fs::hard_link(path("one/models/a.bin"), path("one/models/hard.bin")).unwrap();
     symlink("a.bin", path("one/models/soft.bin")).unwrap();
@@ -196,9 +212,7 @@ fn whiteouts_opaque_directories_and_links_are_those_of_umoci() {
     // Links compared as what they lead to, in a root of their own.
     let tree = |root: &Path| -> Vec<String> {
         let mut command = Command::new("find");
-        command.args([
-            ".", "-path", "./.oci", "-prune", "-o", "-not", "-type", "d", "-printf", "%P %y\n",
-        ]);
+        command.args([".", "-path", "./.oci", "-prune", "-o", "-printf", "%P %y\n"]);
         command.current_dir(root);
         let mut lines: Vec<String> = run_command(&mut command, PATIENCE)
             .ok()
@@ -214,13 +228,24 @@ fn whiteouts_opaque_directories_and_links_are_those_of_umoci() {
     for line in &wanted {
         let (name, kind) = line.rsplit_once(' ').unwrap();
         if kind == "f" {
+            let (found, unpacked) = (shown.join(name), rootfs.join(name));
             assert_eq!(
-                fs::read(shown.join(name)).unwrap(),
-                fs::read(rootfs.join(name)).unwrap(),
+                fs::read(&found).unwrap(),
+                fs::read(&unpacked).unwrap(),
                 "{name}"
             );
+            let told = |path: &Path| {
+                let metadata = fs::metadata(path).unwrap();
+                (metadata.mtime(), metadata.mode() & 0o111 != 0)
+            };
+            assert_eq!(told(&found), told(&unpacked), "time and kind of {name}");
         }
     }
+    assert_eq!(
+        run(shown.join("models/run.sh").to_str().unwrap(), [""; 0]).ok(),
+        "from the image\n"
+    );
+    assert!(wanted.contains(&"models/empty/below d".to_owned()));
     // Whoever follows a link stays in the image.
     let link = |name: &str| fs::read_link(shown.join(name)).unwrap();
     assert_eq!(link("models/absolute"), Path::new("deep"));

@@ -9,6 +9,9 @@ use super::{Site, archive};
 use crate::support::artifact::{Artifact, Layer};
 use crate::support::content::{Content, digest};
 use crate::support::model::{assert_same_files, read_tree};
+use crate::support::mount::{Mount, run_ocifs};
+use crate::support::proxy::Proxy;
+use crate::support::registry::Registry;
 use crate::support::scratch;
 
 const CONFIG: &str = "application/vnd.kitops.modelkit.config.v1+json";
@@ -99,20 +102,77 @@ fn older_kits_put_their_tars_where_the_kitfile_says() {
     assert_same_files(&found, &read_tree(dir.path()));
 }
 
+/// A kit in one registry whose model is that of a kit in another: the model's files, lazily, from where they are.
 #[test]
-fn a_kit_whose_model_is_another_kits_says_which() {
-    let dir = source();
-    let code = archive(dir.path(), &["src"], None);
-    let kitfile = json!({
-        "manifestVersion": "1.0.0",
-        "model": {"path": "ghcr.io/jozu/llama3:8b"},
-        "code": [{"path": "src", "digest": digest(&code)}],
-    });
+fn a_kit_shows_the_model_of_the_kit_that_it_names() {
     let site = Site::new();
-    let shown =
-        site.show(&Artifact::new(CONFIG, &kitfile).layer(Layer::bytes(&kind("code.v1.tar"), code)));
+    let elsewhere = Registry::open();
+    let proxy = Proxy::start(elsewhere.address());
+    let dir = source();
+    let (model, lora) = (
+        archive(dir.path(), &["models/base"], None),
+        archive(dir.path(), &["models/lora"], Some("gzip")),
+    );
+    let data = archive(dir.path(), &["data/set"], None);
+    let kitfile = json!({"manifestVersion": "1.0.0", "model": {
+        "path": "models/base", "digest": digest(&model),
+        "parts": [{"path": "models/lora", "digest": digest(&lora)}],
+    }, "datasets": [{"path": "data/set", "digest": digest(&data)}]});
+    let base = Artifact::new(CONFIG, &kitfile)
+        .layer(Layer::bytes(&kind("model.v1.tar"), model))
+        .layer(Layer::bytes(&kind("modelpart.v1.tar+gzip"), lora))
+        .layer(Layer::bytes(&kind("dataset.v1.tar"), data));
+    base.publish(&elsewhere, "jozu/base:v1");
+
+    let code = archive(dir.path(), &["src"], None);
+    let path = format!("{}/jozu/base:v1", proxy.host());
+    let kitfile = json!({"manifestVersion": "1.0.0", "model": {"path": path},
+        "code": [{"path": "src", "digest": digest(&code)}]});
+    let kit = Artifact::new(CONFIG, &kitfile).layer(Layer::bytes(&kind("code.v1.tar"), code));
+    let shown = site.show(&kit);
     let names: Vec<String> = site.mount.files(&shown).into_keys().collect();
-    assert_eq!(names, ["Kitfile", "src/train.py"]);
+    assert_eq!(
+        names,
+        [
+            "Kitfile",
+            "models/base/model.safetensors",
+            "models/lora/adapter.safetensors",
+            "src/train.py"
+        ]
+    );
+    let mut wanted = read_tree(dir.path());
+    wanted.retain(|name, _| name.starts_with("models/") || name.starts_with("src/"));
+    let mut found = site.mount.files(&shown);
+    found.remove("Kitfile");
+    assert_same_files(&found, &wanted);
     let said = site.inspect(&shown);
-    assert!(said.contains("`ghcr.io/jozu/llama3:8b`"), "{said}");
+    assert!(
+        said.contains(&format!("its model is that of {path}")),
+        "{said}"
+    );
+
+    // The whole of it is pulled, and is there without either registry.
+    let cache = scratch("cache");
+    let cache_dir = cache.path().to_str().unwrap();
+    run_ocifs(["pull", "--cache-dir", cache_dir, &shown]).ok();
+    drop((elsewhere, proxy));
+    let mount = Mount::start(cache.path(), ["--offline"]);
+    let mut found = mount.files(&shown);
+    found.remove("Kitfile");
+    assert_same_files(&found, &wanted);
+}
+
+/// Without its base a kit has no model: an engine gets an error, a person the reason.
+#[test]
+fn a_kit_whose_base_is_missing_says_so() {
+    let site = Site::new();
+    let path = format!("{}/jozu/nothing:v1", site.registry.host());
+    let kitfile = json!({"manifestVersion": "1.0.0", "model": {"path": path}});
+    let shown = site.show(&Artifact::new(CONFIG, &kitfile));
+    let said = site.inspect(&shown);
+    assert!(
+        said.contains(&format!("its model is that of {path}")),
+        "{said}"
+    );
+    assert!(site.mount.try_list(&shown).is_err());
 }

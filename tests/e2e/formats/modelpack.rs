@@ -2,6 +2,7 @@
 //! would unpack; the old spelling and odd paths by hand.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use serde_json::json;
@@ -161,6 +162,31 @@ fn paths_that_lead_out_are_refused_and_their_layers_still_there() {
         said.contains("it is absolute") && said.contains("leads out"),
         "{said}"
     );
+}
+
+#[test]
+fn times_and_programs_are_what_the_file_metadata_say() {
+    let site = Site::new();
+    let raw = "application/vnd.cncf.model.code.v1.raw";
+    let with = |path: &str, mode: u32, mtime: &str| {
+        let json = json!({"name": path, "mode": mode, "uid": 0, "gid": 0, "size": 1, "mtime": mtime, "typeflag": 48});
+        Layer::bytes(raw, path)
+            .at(path)
+            .annotated("org.cncf.model.file.metadata+json", &json.to_string())
+    };
+    let artifact = Artifact::modelpack("cncf")
+        .layer(with("run.sh", 0o755, "2024-02-29T12:00:00Z"))
+        .layer(with("config.json", 0o600, "2024-02-29T14:00:00.5+01:00"))
+        .layer(with("untold", 0o644, "0001-01-01T00:00:00Z"));
+    let shown = site.show(&artifact);
+    let told = |name: &str| {
+        let metadata = fs::metadata(site.mount.path(&format!("{shown}/{name}"))).unwrap();
+        (metadata.mode() & 0o7777, metadata.mtime())
+    };
+    assert_eq!(told("run.sh"), (0o555, 1_709_208_000));
+    assert_eq!(told("config.json"), (0o444, 1_709_211_600));
+    // The artifact's own, from its config.
+    assert_eq!(told("untold"), (0o444, 1_759_667_696));
 }
 
 #[test]
