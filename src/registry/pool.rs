@@ -1,11 +1,15 @@
 //! HTTP/1.1 connections for large bodies, kept and reused per origin.
 //!
 //! Over HTTP/2 all requests to a host share one connection: one TCP window, and one core that decrypts. Parts of a blob come over
-//! connections of their own instead. Small answers stay with reqwest, where HTTP/2 saves handshakes.
+//! connections of their own instead. Small answers stay with reqwest, where HTTP/2 saves handshakes, unless a connection is idle here.
+//!
+//! A connection has no task: whoever waits for an answer drives it. So bytes pass no channel between threads on their way, and a
+//! request is on the wire when its future was polled once.
 
 use std::collections::HashMap;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -20,7 +24,7 @@ use reqwest::Url;
 use tokio::time::{Sleep, sleep};
 
 use super::address::address_of;
-use super::dial::{DialError, Dialer};
+use super::dial::{DialError, Dialer, Stream};
 use super::wire::{Gauge, PATIENCE};
 use crate::base::lock;
 
@@ -52,6 +56,8 @@ pub(super) struct Pool {
 #[derive(Debug, Default)]
 struct Origin {
     idle: Vec<Connection>,
+    /// Somebody will look after the idle ones when they have grown old: nobody drives them, so nobody else hears of their end.
+    watched: bool,
     /// It refused HTTP/1.1.
     otherwise: bool,
 }
@@ -59,13 +65,56 @@ struct Origin {
 #[derive(Debug)]
 struct Connection {
     sender: SendRequest<Empty<Bytes>>,
+    driver: Driver,
     gauge: Arc<Gauge>,
     since: Instant,
+}
+
+/// What moves bytes between a connection's socket and its two ends. It does so only while it is polled.
+#[derive(Debug)]
+struct Driver(http1::Connection<TokioIo<Stream>, Empty<Bytes>>);
+
+impl Driver {
+    /// Moves what can be moved. What ends the connection shows at the end that waits for something.
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        let _ = Pin::new(&mut self.0).poll(cx);
+    }
+
+    /// Polls `end`, and the connection where that lacks something.
+    fn poll<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut end: impl FnMut(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        if let Poll::Ready(done) = end(cx) {
+            return Poll::Ready(done);
+        }
+        self.drive(cx);
+        end(cx)
+    }
 }
 
 impl Connection {
     fn is_fresh(&self) -> bool {
         !self.sender.is_closed() && self.since.elapsed() < LONGEST_IDLE
+    }
+
+    /// Waits until it takes a request: the end of the last body and that are two events.
+    async fn ready(&mut self) -> Result<(), hyper::Error> {
+        poll_fn(|cx| {
+            // A server that has hung up is heard of here, before a request is lost on it.
+            self.driver.drive(cx);
+            self.sender.poll_ready(cx)
+        })
+        .await
+    }
+
+    async fn send(
+        &mut self,
+        request: Request<Empty<Bytes>>,
+    ) -> Result<Response<Incoming>, hyper::Error> {
+        let mut sent = pin!(self.sender.send_request(request));
+        poll_fn(|cx| self.driver.poll(cx, |cx| sent.as_mut().poll(cx))).await
     }
 }
 
@@ -84,7 +133,7 @@ impl Pool {
         headers: &HeaderMap,
     ) -> Result<Response<PooledBody>, PoolError> {
         let request = request(url, headers).ok_or(PoolError::Otherwise)?;
-        let key = format!("{}://{}", url.scheme(), address_of(url));
+        let key = origin_of(url);
         loop {
             let Some(idle) = self.take_idle(&key)? else {
                 break;
@@ -106,13 +155,10 @@ impl Pool {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(PoolError::Exchange)?;
-        tokio::spawn(async move {
-            // Whoever reads the body learns of errors there.
-            let _ = connection.await;
-        });
         tracing::trace!(origin = key, "connected");
         let connection = Connection {
             sender,
+            driver: Driver(connection),
             gauge,
             since: Instant::now(),
         };
@@ -121,6 +167,13 @@ impl Pool {
             Err((error, _)) if error.is_parse_version_h2() => Err(self.note_otherwise(key)),
             Err((error, _)) => Err(PoolError::Exchange(error)),
         }
+    }
+
+    /// Whether a connection to the origin of `url` is idle, so that a small request costs no handshake here.
+    pub(super) fn has_idle(&self, url: &Url) -> bool {
+        let origins = lock(&self.origins);
+        let origin = origins.get(&origin_of(url));
+        origin.is_some_and(|origin| origin.idle.iter().any(Connection::is_fresh))
     }
 
     /// A connection that is idle and open, the one used last first, so that those no longer needed grow old.
@@ -152,15 +205,9 @@ impl Pool {
         key: &str,
         request: Request<Empty<Bytes>>,
     ) -> Result<Response<PooledBody>, (hyper::Error, bool)> {
-        // The end of the last body and the connection's readiness are two events.
-        connection
-            .sender
-            .ready()
-            .await
-            .map_err(|error| (error, false))?;
+        connection.ready().await.map_err(|error| (error, false))?;
         connection.gauge.begin();
-        let sent = connection.sender.send_request(request).await;
-        let response = match sent {
+        let response = match connection.send(request).await {
             Ok(response) => response,
             Err(error) => return Err((error, connection.gauge.heard())),
         };
@@ -181,6 +228,10 @@ impl Pool {
         body.give_back_at_end();
         Ok(Response::from_parts(head, body))
     }
+}
+
+fn origin_of(url: &Url) -> String {
+    format!("{}://{}", url.scheme(), address_of(url))
 }
 
 /// `None` for what the `http` crate does not take as a target; reqwest has the words for it.
@@ -211,10 +262,32 @@ impl GiveBack {
             return;
         }
         let mut origins = lock(&self.origins);
-        let idle = &mut origins.entry(self.key).or_default().idle;
-        idle.retain(Connection::is_fresh);
-        if idle.len() < MOST_IDLE {
-            idle.push(self.connection);
+        let origin = origins.entry(self.key.clone()).or_default();
+        origin.idle.retain(Connection::is_fresh);
+        if origin.idle.len() < MOST_IDLE {
+            origin.idle.push(self.connection);
+        }
+        if !std::mem::replace(&mut origin.watched, true) {
+            tokio::spawn(close_old(Arc::downgrade(&self.origins), self.key));
+        }
+    }
+}
+
+/// Closes the connections to an origin that nobody uses any more, and ends with the last.
+async fn close_old(origins: Weak<Mutex<HashMap<String, Origin>>>, key: String) {
+    loop {
+        sleep(LONGEST_IDLE).await;
+        let Some(origins) = origins.upgrade() else {
+            return;
+        };
+        let mut origins = lock(&origins);
+        let Some(origin) = origins.get_mut(&key) else {
+            return;
+        };
+        origin.idle.retain(Connection::is_fresh);
+        if origin.idle.is_empty() {
+            origin.watched = false;
+            return;
         }
     }
 }
@@ -251,7 +324,13 @@ impl Body for PooledBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = &mut *self;
-        if let Poll::Ready(frame) = Pin::new(&mut this.incoming).poll_frame(cx) {
+        let incoming = &mut this.incoming;
+        let mut next = |cx: &mut Context<'_>| Pin::new(&mut *incoming).poll_frame(cx);
+        let frame = match &mut this.connection {
+            Some(back) => back.connection.driver.poll(cx, next),
+            None => next(cx),
+        };
+        if let Poll::Ready(frame) = frame {
             this.patience = None;
             match &frame {
                 None => this.give_back(),

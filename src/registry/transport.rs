@@ -345,7 +345,7 @@ impl Transport {
         }
     }
 
-    /// Sends a request for a large body over a connection of our own; `None` when another way has to be taken.
+    /// Sends a request for bytes of a blob over a connection of our own; `None` when another way has to be taken.
     async fn send_bulk(
         &self,
         ask: &Ask,
@@ -355,7 +355,12 @@ impl Transport {
         what: &str,
     ) -> Option<Result<Response, RegistryError>> {
         let pool = self.pool.as_ref()?;
-        if !ask.bulk || ask.method != Method::GET || self.proxied(url, near) {
+        if ask.method != Method::GET || self.proxied(url, near) {
+            return None;
+        }
+        // A few bytes are not worth a handshake, but without TLS reqwest would need a connection of its own for them as well.
+        let few = || ask.range.is_some() && (url.scheme() == "http" || pool.has_idle(url));
+        if !ask.bulk && !few() {
             return None;
         }
         let mut headers = match home {
