@@ -14,7 +14,7 @@ use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
-use crate::base::{ByteRange, Deadline, lock};
+use crate::base::{ByteRange, Deadline, lock, start};
 use crate::cache::Writer;
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
@@ -76,7 +76,8 @@ impl LazyBlob {
         };
         let urgency = landing.flight.urgency;
         let foreground = (urgency != Urgency::Fill).then(|| self.shared.foreground());
-        self.shared.runtime.spawn(async move {
+        let runtime = self.shared.runtime.clone();
+        let work = async move {
             let _foreground = foreground;
             let hold = landing.blob.hold();
             let result = landing.blob.request(&landing.flight, &hold).await;
@@ -84,7 +85,13 @@ impl LazyBlob {
                 tracing::debug!(error = %Chain(error), "request failed");
             }
             landing.end(result);
-        });
+        };
+        // A reader waits for this one, so the request leaves before another thread has woken.
+        if urgency == Urgency::Demand {
+            start(&runtime, work);
+        } else {
+            runtime.spawn(work);
+        }
     }
 
     async fn request(self: &Arc<Self>, flight: &Flight, hold: &Hold) -> Result<(), BlobError> {
@@ -331,8 +338,8 @@ impl LazyBlob {
             if pieces.is_empty() {
                 return true;
             }
-            // A write may wait for the disk; the runtime's other tasks move away meanwhile.
-            let Err(error) = block_in_place(|| writer.push_pieces(&pieces)) else {
+            let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+            let Err(error) = beside(len, || writer.push_pieces(&pieces)) else {
                 flight.advance(writer.whole(writer.position()));
                 return true;
             };
@@ -415,7 +422,7 @@ impl LazyBlob {
         if let Some(entry) = entry {
             let bytes = IN_FLIGHT.min(range.len());
             let room = self.shared.room(bytes, flight.urgency_now()).await;
-            match block_in_place(|| entry.writer(range)) {
+            match beside(range.len(), || entry.writer(range)) {
                 Ok(writer) => return Ok(sink(Target::Cache(writer), room)),
                 Err(error) => {
                     tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not kept");
@@ -512,6 +519,16 @@ impl LazyBlob {
         self.bring(flight, hold, flight.range, body, claim.is_some())
             .await
             .map(|_| ())
+    }
+}
+
+/// Does what may wait for the disk on behalf of `bytes` bytes. For many, the runtime's other tasks move to another thread meanwhile;
+/// for few, that would cost more than it saves.
+fn beside<T>(bytes: u64, work: impl FnOnce() -> T) -> T {
+    if bytes < GATHER {
+        work()
+    } else {
+        block_in_place(work)
     }
 }
 

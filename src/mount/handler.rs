@@ -13,6 +13,7 @@ use super::reply::{
     bare_entry, entry, file_attr, from_offset, mode, reply_entry, reply_opendir, reply_read,
     reply_xattr,
 };
+use crate::base::start;
 use crate::fuse::{self, Forgets, Handler, Listing, Operation, Reply, StatFs, open};
 use crate::tree::{DirEntry, HandleId, NodeId, Opened, Tree};
 
@@ -157,7 +158,7 @@ impl Ocifs {
         if let Some(result) = file.try_read(offset, size) {
             return reply_read(reply, node, result);
         }
-        self.runtime.spawn(async move {
+        start(&self.runtime, async move {
             if let Some((reply, result)) = reply.wait(file.read(offset, size)).await {
                 reply_read(reply, node, result);
             }
