@@ -207,6 +207,13 @@ impl LazyBlob {
         if actual == self.digest {
             if let Err(error) = entry.seal() {
                 tracing::warn!(digest = %self.digest, error = %Chain(&error), "a verified blob cannot be sealed");
+                if entry.is_discarded() {
+                    // The disk has lost bytes of it since they were hashed.
+                    self.filling
+                        .store(false, std::sync::atomic::Ordering::Release);
+                    self.let_go(entry, Some(std::time::Instant::now()));
+                    return;
+                }
             }
             self.verified.send_replace(Verified::Yes);
             tracing::info!(digest = %self.digest, bytes = self.size, "complete and verified");

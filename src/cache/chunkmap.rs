@@ -21,10 +21,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::disk;
 use super::lock::Claim;
 use crate::base::{ByteRange, Digest};
 
@@ -89,7 +89,8 @@ fn stored(sum: u32) -> u32 {
 }
 
 impl ChunkMap {
-    /// Reads the map of a blob; `None` when the file is not a map of exactly that blob.
+    /// Reads the map of a blob; `None` when the file is not a map of exactly that blob, or
+    /// what it is of was sealed or thrown away.
     pub(super) fn load(file: File, digest: &Digest, size: u64) -> io::Result<Option<Self>> {
         let chunk = chunk_size(size);
         let count = usize::try_from(size.div_ceil(u64::from(chunk)))
@@ -99,10 +100,8 @@ impl ChunkMap {
             return Ok(None);
         }
         let mut bytes = vec![0; length as usize];
-        file.read_exact_at(&mut bytes, 0)?;
+        disk::read_exact(&file, &mut bytes, 0)?;
         let expected = header(digest, size);
-        let state = STATE as usize..STATE as usize + 4;
-        bytes[state.clone()].fill(0);
         if bytes[..HEADER as usize] != expected {
             return Ok(None);
         }
@@ -122,10 +121,10 @@ impl ChunkMap {
 
     /// Makes `file` the empty map of a blob. The caller has the blob's exclusive lock.
     pub(super) fn reset(file: &File, digest: &Digest, size: u64) -> io::Result<()> {
-        file.set_len(0)?;
+        disk::set_len(file, 0)?;
         let count = size.div_ceil(u64::from(chunk_size(size)));
-        file.set_len(HEADER + count * SLOT)?;
-        file.write_all_at(&header(digest, size), 0)
+        disk::set_len(file, HEADER + count * SLOT)?;
+        disk::write(file, &header(digest, size), 0)
     }
 
     /// Bytes in a chunk; the last one may have fewer.
@@ -184,8 +183,8 @@ impl ChunkMap {
     pub(super) fn refresh(&self, range: ByteRange) -> io::Result<State> {
         let chunks = self.chunks(range);
         let mut bytes = vec![0; chunks.len() * SLOT as usize];
-        self.file
-            .read_exact_at(&mut bytes, HEADER + chunks.start as u64 * SLOT)?;
+        let at = HEADER + chunks.start as u64 * SLOT;
+        disk::read_exact(&self.file, &mut bytes, at)?;
         for (index, slot) in chunks.zip(bytes.chunks_exact(SLOT as usize)) {
             let value = u32::from_le_bytes([slot[0], slot[1], slot[2], slot[3]]);
             if value != 0 {
@@ -203,7 +202,7 @@ impl ChunkMap {
 
     fn state(&self) -> io::Result<State> {
         let mut bytes = [0; 4];
-        self.file.read_exact_at(&mut bytes, STATE)?;
+        disk::read_exact(&self.file, &mut bytes, STATE)?;
         Ok(match u32::from_le_bytes(bytes) {
             1 => State::Sealed,
             2 => State::Discarded,
@@ -218,7 +217,7 @@ impl ChunkMap {
             State::Sealed => 1,
             State::Discarded => 2,
         };
-        self.file.write_all_at(&value.to_le_bytes(), STATE)
+        disk::write(&self.file, &value.to_le_bytes(), STATE)
     }
 
     /// Step 2 and 3 for consecutive chunks from `first` with these CRC-32C sums, whose bytes are in the data file.
@@ -228,7 +227,7 @@ impl ChunkMap {
         for &sum in sums {
             bytes.extend_from_slice(&stored(sum).to_le_bytes());
         }
-        let written = self.file.write_all_at(&bytes, HEADER + first as u64 * SLOT);
+        let written = disk::write(&self.file, &bytes, HEADER + first as u64 * SLOT);
         for (index, &sum) in (first..).zip(sums) {
             self.trusted[index / 64].fetch_or(1 << (index % 64), Ordering::Release);
             self.slots[index].store(stored(sum), Ordering::Release);
@@ -258,8 +257,8 @@ impl ChunkMap {
             } else {
                 sound = false;
                 self.slots[index].store(0, Ordering::Release);
-                self.file
-                    .write_all_at(&[0; SLOT as usize], HEADER + index as u64 * SLOT)?;
+                let at = HEADER + index as u64 * SLOT;
+                disk::write(&self.file, &[0; SLOT as usize], at)?;
             }
         }
         Ok(sound)
@@ -282,6 +281,8 @@ impl ChunkMap {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
 
     fn map(size: u64) -> (ChunkMap, File, Digest) {
@@ -324,7 +325,7 @@ mod tests {
         assert!(load(&digest, 40_000).is_some());
         assert!(load(&Digest::of(b"y"), 40_000).is_none());
         assert!(load(&digest, 40_001).is_none());
-        for offset in (0..STATE).chain(STATE + 4..HEADER) {
+        for offset in 0..HEADER {
             let mut byte = [0];
             file.read_exact_at(&mut byte, offset).unwrap();
             file.write_all_at(&[byte[0] ^ 1], offset).unwrap();

@@ -1,31 +1,33 @@
 //! One blob of the cache, sealed or on its way.
 //!
-//! A blob's life, and the order that keeps every crash harmless:
-//! 1. `partial/<hex>.data` is made empty, the exclusive flock(2) on it taken, the map written, and last the data
+//! A blob's life, and the order that keeps every crash harmless, of the process and of the machine:
+//! 1. Beginning. `partial/<hex>.data` is made empty, the exclusive flock(2) on it taken, the map written, and last the data
 //!    file given its length. A data file without its length has no valid map.
-//! 2. Chunks arrive: bytes, then checksum (`chunkmap.rs`).
-//! 3. Sealing, once the caller has found the SHA-256 of the whole file right: fdatasync of the data; under the cache's
-//!    lock, if the name still leads to this file, rename to `blobs/sha256/<hex>`; fsync of both directories, state "sealed"
-//!    in the map for other processes, map removed.
-//! 4. Discarding, when the SHA-256 is wrong: state "discarded", both files removed. Whoever has them open reads on
-//!    from files that have no name, and learns of it from the state.
+//! 2. Chunks arrive: bytes, then checksum (`chunkmap.rs`). Nothing is synced; what a power cut loses, the checksum finds.
+//! 3. Sealing, once the caller has found the SHA-256 of the whole file right:
+//!    a. fdatasync of the data. When that fails the file goes as in 4: the kernel tells of lost pages once, and the next
+//!    fdatasync would say that all is well.
+//!    b. under the cache's lock, if the name still leads to this file, rename to `blobs/sha256/<hex>`;
+//!    c. fsync of both directories;
+//!    d. state "sealed" in the map for other processes; e. map removed. One that stays is swept (`sweep.rs`).
+//! 4. Discarding, when the SHA-256 is wrong: state "discarded", data taken away, map removed. Whoever has them open reads on
+//!    from a file under `removed/`, and learns of it from the state.
 //!
 //! Whoever uses the blob holds a shared flock(2) on the data file, which stays the same file through sealing.
 //! The file is never shortened and never punched: it may be mapped, or be read by the kernel in our place.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, IoSlice, Read as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use rustix::fs::{FallocateFlags, Timespec, Timestamps};
-use rustix::io::Errno;
+use rustix::fs::{Timespec, Timestamps};
 
 use super::chunkmap::{ChunkMap, State};
-use super::layout::sync_dir;
+use super::disk::{self, Access, sync_dir};
 use super::lock::{self, Claim};
 use super::mapped::{Data, Map};
 use super::{Cache, CacheError};
@@ -49,6 +51,8 @@ pub struct Entry {
     state: AtomicU8,
     /// All of the data file, made when it is first of use; `None` where it cannot be had.
     mapping: OnceLock<Option<Arc<Map>>>,
+    /// The last field: it goes once the files above are closed.
+    closing: Closing,
 }
 
 const PARTIAL: u8 = 0;
@@ -81,14 +85,15 @@ impl Entry {
     ) -> Result<Option<Self>, CacheError> {
         let path = cache.layout().sealed(digest);
         let failed = || CacheError::io("open", &path);
-        let data = match File::open(&path) {
+        let data = match disk::open(&path, Access::Read) {
             Ok(data) => data,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed()(error)),
         };
         lock::shared(&data, lock::PATIENCE).map_err(failed())?;
         let metadata = data.metadata().map_err(failed())?;
-        if metadata.nlink() == 0 {
+        // Evicted, or taken away for being wrong.
+        if !names(&path, &metadata) {
             return Ok(None);
         }
         if metadata.len() != size {
@@ -107,6 +112,7 @@ impl Entry {
             map: None,
             state: AtomicU8::new(SEALED),
             mapping: OnceLock::new(),
+            closing: Closing::new(cache),
         }))
     }
 
@@ -114,7 +120,7 @@ impl Entry {
     /// again; whether it did. Reads all of the file.
     pub(super) fn discard_wrong(cache: &Cache, digest: &Digest) -> Result<bool, CacheError> {
         let path = cache.layout().sealed(digest);
-        let file = match File::open(&path) {
+        let file = match disk::open(&path, Access::Read) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(CacheError::io("open", &path)(error)),
@@ -138,8 +144,10 @@ impl Entry {
             if !names(&path, &metadata) {
                 return Ok(false);
             }
-            cache.unpublish_users(digest);
-            fs::remove_file(&path).map_err(CacheError::io("remove", &path))?;
+            cache.unpublish_users(digest)?;
+            cache
+                .take_away(&path, &file)
+                .map_err(CacheError::io("remove", &path))?;
             Ok(true)
         })
     }
@@ -148,15 +156,7 @@ impl Entry {
     fn open_partial(cache: &Cache, digest: &Digest, size: u64) -> Result<Option<Self>, CacheError> {
         let data_path = cache.layout().data(digest);
         let map_path = cache.layout().map(digest);
-        let open = |path| {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(path)
-        };
+        let open = |path| disk::open(path, Access::Make);
         let failed = || CacheError::io("open", &data_path);
         let data = open(&data_path).map_err(failed())?;
         lock::shared(&data, lock::PATIENCE).map_err(failed())?;
@@ -190,10 +190,10 @@ impl Entry {
             }
             if map.is_none() {
                 // Nobody else has the file open, so cutting it off can hurt nobody.
-                data.set_len(0).map_err(failed())?;
+                disk::set_len(&data, 0).map_err(failed())?;
                 ChunkMap::reset(&map_file, digest, size)
                     .map_err(CacheError::io("write", &map_path))?;
-                data.set_len(size).map_err(failed())?;
+                disk::set_len(&data, size).map_err(failed())?;
                 map = load().map_err(CacheError::io("read", &map_path))?;
             }
             lock::shared(&data, lock::PATIENCE).map_err(failed())?;
@@ -211,6 +211,7 @@ impl Entry {
             map: Some(map),
             state: AtomicU8::new(PARTIAL),
             mapping: OnceLock::new(),
+            closing: Closing::new(cache),
         }))
     }
 
@@ -278,7 +279,10 @@ impl Entry {
         {
             State::Partial => {}
             State::Sealed => self.state.store(SEALED, Ordering::Release),
-            State::Discarded => self.state.store(DISCARDED, Ordering::Release),
+            State::Discarded => {
+                self.state.store(DISCARDED, Ordering::Release);
+                self.closing.discarded.store(true, Ordering::Release);
+            }
         }
         Ok(())
     }
@@ -298,7 +302,7 @@ impl Entry {
         if !self.is_sound(ByteRange::at(offset, buffer.len() as u64))? {
             return Ok(false);
         }
-        let read = self.data.read_exact_at(buffer, offset);
+        let read = disk::read_exact(&self.data, buffer, offset);
         read.map_err(|error| CacheError::io("read", &self.path())(error))?;
         Ok(true)
     }
@@ -340,7 +344,7 @@ impl Entry {
             return Ok(false);
         }
         let sound = map
-            .check(range, |buffer, at| self.data.read_exact_at(buffer, at))
+            .check(range, |buffer, at| disk::read_exact(&self.data, buffer, at))
             .map_err(|error| CacheError::io("read", &self.path())(error))?;
         if !sound {
             tracing::warn!(digest = %self.digest, %range, "cached bytes were damaged; fetching them again");
@@ -353,10 +357,8 @@ impl Entry {
         let mut buffer: Vec<u8> = Vec::with_capacity(len);
         while buffer.len() < len {
             let at = range.start() + buffer.len() as u64;
-            match rustix::io::pread(&self.data, rustix::buffer::spare_capacity(&mut buffer), at) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+            if disk::read_some(&self.data, &mut buffer, at)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
         // The allocator may have given more than was asked for.
@@ -401,27 +403,29 @@ impl Entry {
     }
 
     fn allocate(&self, range: ByteRange) -> Result<(), CacheError> {
-        let flags = FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&self.data, flags, range.start(), range.len()) {
-            // Where the file system cannot reserve, writing itself finds out.
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-            Err(Errno::NOSPC | Errno::DQUOT) => Err(CacheError::Full {
+        match disk::allocate(&self.data, range.start(), range.len()) {
+            Ok(_) => Ok(()),
+            Err(error) if disk::is_full(&error) => Err(CacheError::Full {
                 wanted: range.len(),
             }),
-            Err(error) => Err(CacheError::io("allocate", &self.path())(error.into())),
+            Err(error) => Err(CacheError::io("allocate", &self.path())(error)),
         }
     }
 
     /// Step 3 of the blob's life. The caller has hashed the whole file and found the digest right.
+    ///
+    /// # Errors
+    /// What the disk says. When it may have lost bytes, the entry is discarded and nothing of it may be read any more.
     pub fn seal(&self) -> Result<(), CacheError> {
         let Some(map) = self.open_map() else {
             return Ok(());
         };
         let layout = self.cache.layout();
         let (data, sealed) = (layout.data(&self.digest), layout.sealed(&self.digest));
-        self.data
-            .sync_data()
-            .map_err(CacheError::io("sync", &data))?;
+        if let Err(error) = disk::sync(&self.data) {
+            self.discard();
+            return Err(CacheError::io("sync", &data)(error));
+        }
         self.cache.locked(|| {
             let metadata = self
                 .data
@@ -430,7 +434,7 @@ impl Entry {
             // The names may lead to another file by now, whose bytes nobody has hashed: after the directory was removed
             // below us, or after somebody discarded this one. The lock keeps that from happening in between.
             if names(&data, &metadata) {
-                fs::rename(&data, &sealed).map_err(CacheError::io("rename", &data))
+                disk::rename(&data, &sealed).map_err(CacheError::io("rename", &data))
             } else if names(&sealed, &metadata) {
                 Ok(()) // another process was first
             } else {
@@ -440,12 +444,12 @@ impl Entry {
                 })
             }
         })?;
+        // Right in any case; whether it is still there after a power cut is what the rest is about.
+        self.state.store(SEALED, Ordering::Release);
         sync_dir(&layout.sealed_dir()).map_err(CacheError::io("sync", &sealed))?;
         sync_dir(&layout.partial_dir()).map_err(CacheError::io("sync", &data))?;
-        self.state.store(SEALED, Ordering::Release);
-        // The blob is safe; a map that stays behind is removed with the next garbage.
         let _ = map.set_state(State::Sealed);
-        let _ = fs::remove_file(layout.map(&self.digest));
+        let _ = disk::remove(&layout.map(&self.digest));
         Ok(())
     }
 
@@ -453,6 +457,7 @@ impl Entry {
     pub fn discard(&self) {
         let Some(map) = self.open_map() else { return };
         self.state.store(DISCARDED, Ordering::Release);
+        self.closing.discarded.store(true, Ordering::Release);
         let _ = map.set_state(State::Discarded);
         let data = self.cache.layout().data(&self.digest);
         let removed = self.cache.locked(|| {
@@ -461,8 +466,10 @@ impl Entry {
                 .metadata()
                 .map_err(CacheError::io("look at", &data))?;
             if names(&data, &metadata) {
-                fs::remove_file(&data).map_err(CacheError::io("remove", &data))?;
-                let _ = fs::remove_file(self.cache.layout().map(&self.digest));
+                self.cache
+                    .take_away(&data, &self.data)
+                    .map_err(CacheError::io("remove", &data))?;
+                let _ = disk::remove(&self.cache.layout().map(&self.digest));
             }
             Ok(())
         });
@@ -488,31 +495,33 @@ impl Entry {
     }
 }
 
-/// Writes all pieces one behind the other, by as few system calls as it takes.
-fn write_all_at(file: &File, pieces: &[&[u8]], mut at: u64) -> io::Result<()> {
-    /// `IOV_MAX` on Linux.
-    const MOST: usize = 1024;
-    let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-    let mut rest = &mut slices[..];
-    // A slice without bytes at the front would look like a disk that takes none.
-    IoSlice::advance_slices(&mut rest, 0);
-    while !rest.is_empty() {
-        match rustix::io::pwritev(file, &rest[..rest.len().min(MOST)], at) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => {
-                at += count as u64;
-                IoSlice::advance_slices(&mut rest, count);
-            }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+/// Has the room of a discarded blob given back when its last entry is closed.
+#[derive(Debug)]
+struct Closing {
+    cache: Cache,
+    discarded: AtomicBool,
+}
+
+impl Closing {
+    fn new(cache: &Cache) -> Self {
+        Self {
+            cache: cache.clone(),
+            discarded: AtomicBool::new(false),
         }
     }
-    Ok(())
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if *self.discarded.get_mut() {
+            self.cache.sweep_removed();
+        }
+    }
 }
 
 /// Whether `path` still leads to the file that `open` describes.
 fn names(path: &std::path::Path, open: &fs::Metadata) -> bool {
-    fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (open.dev(), open.ino()))
+    fs::symlink_metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (open.dev(), open.ino()))
 }
 
 /// Notes the use of a blob in its access time, whatever the mount options say of access times.
@@ -659,11 +668,14 @@ impl Entry {
         if pieces.iter().all(|piece| piece.is_empty()) {
             return Ok(());
         }
-        write_all_at(&self.data, pieces, from).map_err(|error| match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CacheError::Full {
-                wanted: pieces.iter().map(|piece| piece.len() as u64).sum(),
-            },
-            _ => CacheError::io("write", &self.path())(error),
+        let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        disk::write_pieces(&self.data, &mut slices, from).map_err(|error| {
+            if disk::is_full(&error) {
+                return CacheError::Full {
+                    wanted: pieces.iter().map(|piece| piece.len() as u64).sum(),
+                };
+            }
+            CacheError::io("write", &self.path())(error)
         })?;
         if !sums.is_empty() {
             let first = usize::try_from(from / map.chunk()).unwrap_or(usize::MAX);

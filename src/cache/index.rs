@@ -3,13 +3,17 @@
 //! Each entry names its artifact by the full reference in `org.opencontainers.image.ref.name`, which is what
 //! `skopeo … oci:DIR:REFERENCE` looks for. Changed only under the cache's exclusive lock.
 
+use std::io;
 use std::path::Path;
-use std::{fs, io};
 
 use serde_json::{Map, Value, json};
 
+use super::disk;
 use super::layout::replace;
 use crate::base::Digest;
+
+/// A longer file is no index of ours, in bytes.
+const LONGEST: u64 = 64 << 20;
 
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
@@ -23,7 +27,7 @@ pub struct Published {
 }
 
 fn load(path: &Path) -> io::Result<Value> {
-    let bytes = fs::read(path)?;
+    let bytes = disk::read(path, LONGEST)?;
     let index: Value = serde_json::from_slice(&bytes)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     if !index["manifests"].is_array() {
@@ -41,7 +45,7 @@ fn change(path: &Path, edit: impl FnOnce(&mut Vec<Value>)) -> io::Result<()> {
         Err(error)
             if matches!(
                 error.kind(),
-                io::ErrorKind::InvalidData | io::ErrorKind::NotFound
+                io::ErrorKind::InvalidData | io::ErrorKind::NotFound | io::ErrorKind::FileTooLarge
             ) =>
         {
             json!({"schemaVersion": 2, "manifests": []})
@@ -118,6 +122,8 @@ pub(super) fn list(path: &Path) -> io::Result<Vec<Published>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

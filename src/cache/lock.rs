@@ -61,6 +61,35 @@ pub(super) fn try_exclusive(file: &File) -> io::Result<bool> {
     }
 }
 
+/// Whether nobody else has `file` open or mapped, in any process; it has the exclusive lock on it then.
+///
+/// Who maps a file may have closed it, as engines do, and the kernel reads sealed blobs in our place: no lock tells of those. A lease for
+/// writing is granted only to who is alone (fcntl(2)); it is given back at once. Where there are none, the lock has to do.
+pub(super) fn alone(file: &File) -> io::Result<bool> {
+    /// `F_SETSIG` of asm-generic/fcntl.h.
+    const F_SETSIG: libc::c_int = 10;
+    if !try_exclusive(file)? {
+        return Ok(false);
+    }
+    let fd = file.as_raw_fd();
+    // Somebody who opens the file in this moment makes the kernel send a signal: one that does nothing unless it is asked for.
+    // SAFETY: the descriptor is open for as long as `file` lives, and no memory is passed.
+    let leased = unsafe {
+        libc::fcntl(fd, F_SETSIG, libc::SIGURG);
+        libc::fcntl(fd, libc::F_SETLEASE, libc::F_WRLCK)
+    };
+    if leased == 0 {
+        // SAFETY: as above.
+        unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) };
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    Ok(!matches!(
+        error.raw_os_error(),
+        Some(libc::EAGAIN | libc::EBUSY)
+    ))
+}
+
 fn retry(mut call: impl FnMut() -> rustix::io::Result<()>) -> rustix::io::Result<()> {
     loop {
         match call() {

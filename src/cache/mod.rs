@@ -12,14 +12,22 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 mod chunkmap;
+#[cfg(test)]
+mod crash_tests;
+mod disk;
 mod entry;
 mod evict;
+#[cfg(test)]
+mod faults;
 mod index;
 mod layout;
 mod lock;
 mod mapped;
 mod notes;
+#[cfg(test)]
+mod power;
 mod space;
+mod sweep;
 mod tags;
 #[cfg(test)]
 mod tests;
@@ -35,6 +43,7 @@ pub use tags::TagRecord;
 pub use unpacked::{Growing, Unpacker, Unpacking};
 
 use crate::base::Digest;
+use disk::Access;
 use layout::Layout;
 use space::Space;
 
@@ -146,12 +155,14 @@ impl Cache {
     /// [`CacheError::Unusable`] when the directory holds something else or another version.
     pub fn open(config: CacheConfig) -> Result<Self, CacheError> {
         let layout = Layout::open(&config.dir)?;
-        Ok(Self {
+        let cache = Self {
             inner: Arc::new(Inner {
                 layout,
                 space: Space::new(config.limit),
             }),
-        })
+        };
+        cache.sweep();
+        Ok(cache)
     }
 
     fn layout(&self) -> &Layout {
@@ -182,11 +193,11 @@ impl Cache {
 
     /// Bytes of a blob that are here, found without opening it for use.
     pub fn present(&self, digest: &Digest, size: u64) -> u64 {
-        if std::fs::metadata(self.layout().sealed(digest)).is_ok_and(|found| found.len() == size) {
+        if self.sealed_len(digest) == Some(size) {
             return size;
         }
         let load = || {
-            let map = std::fs::File::open(self.layout().map(digest)).ok()?;
+            let map = disk::open(&self.layout().map(digest), Access::Read).ok()?;
             chunkmap::ChunkMap::load(map, digest, size).ok()?
         };
         load().map_or(0, |map| map.present(crate::base::ByteRange::new(0, size)))
@@ -194,12 +205,17 @@ impl Cache {
 
     /// Whether a blob is complete and verified.
     pub fn is_sealed(&self, digest: &Digest) -> bool {
-        self.layout().sealed(digest).exists()
+        self.sealed_len(digest).is_some()
+    }
+
+    fn sealed_len(&self, digest: &Digest) -> Option<u64> {
+        let found = std::fs::symlink_metadata(self.layout().sealed(digest)).ok()?;
+        found.is_file().then_some(found.len())
     }
 
     /// Whether a blob of `size` bytes is complete and verified; a file of another length is not it.
     pub fn is_sealed_as(&self, digest: &Digest, size: u64) -> bool {
-        std::fs::metadata(self.layout().sealed(digest)).is_ok_and(|found| found.len() == size)
+        self.sealed_len(digest) == Some(size)
     }
 
     /// Removes a sealed file whose content does not have its digest; whether it did. Reads all of it, and may be called while
@@ -207,6 +223,7 @@ impl Cache {
     pub fn discard_wrong(&self, digest: &Digest) -> Result<bool, CacheError> {
         let removed = Entry::discard_wrong(self, digest)?;
         if removed {
+            self.sweep_removed();
             tracing::warn!(%digest, "a sealed file in the cache was damaged and is removed; it is fetched again");
         }
         Ok(removed)
@@ -228,17 +245,20 @@ impl Cache {
 
     /// Reads a sealed blob of at most `limit` bytes whole and checks its digest again; `None` when that is not to be had.
     pub fn get(&self, digest: &Digest, limit: u64) -> Option<Bytes> {
-        let path = self.layout().sealed(digest);
-        if std::fs::metadata(&path).ok()?.len() > limit {
-            return None;
+        let content = self.peek(digest, limit)?;
+        if content.is_none()
+            && let Err(error) = self.discard_wrong(digest)
+        {
+            tracing::warn!(%digest, %error, "a damaged blob stays in the cache");
         }
-        let content = std::fs::read(&path).ok()?;
-        if Digest::of(&content) != *digest {
-            tracing::warn!(%digest, "a cached blob is damaged; it is fetched again");
-            let _ = std::fs::remove_file(&path);
-            return None;
-        }
-        Some(content.into())
+        content
+    }
+
+    /// As [`Cache::get`]; `Some(None)` when its digest is not right. Leaves it where it is.
+    fn peek(&self, digest: &Digest, limit: u64) -> Option<Option<Bytes>> {
+        let content = disk::read(&self.layout().sealed(digest), limit).ok()?;
+        let right = Digest::of(&content) == *digest;
+        Some(right.then(|| content.into()))
     }
 
     /// Remembers what a tag points at. Best effort: a failure is logged.
@@ -295,12 +315,7 @@ impl Cache {
     /// When somebody keeps the lock for longer than [`lock::PATIENCE`], beside those of `action`.
     fn locked<T>(&self, action: impl FnOnce() -> Result<T, CacheError>) -> Result<T, CacheError> {
         let path = self.layout().lock();
-        let file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(CacheError::io("open", &path))?;
+        let file = disk::open(&path, Access::Make).map_err(CacheError::io("open", &path))?;
         lock::exclusive(&file, lock::PATIENCE).map_err(CacheError::io("lock", &path))?;
         action()
     }

@@ -7,10 +7,9 @@
 //!
 //! A note counts in the cache's limit and goes like a blob that nobody uses. One that is damaged is none.
 
-use std::fs;
-use std::io;
 use std::path::PathBuf;
 
+use super::disk;
 use super::layout::replace;
 use super::{Cache, CacheError};
 use crate::base::Digest;
@@ -61,10 +60,7 @@ impl Cache {
     /// The note on a layer, if there is a sound one.
     pub fn note(&self, kind: NoteKind, layer: &Digest) -> Option<Vec<u8>> {
         let path = self.note_path(kind, layer);
-        if fs::metadata(&path).ok()?.len() > LONGEST + 4 {
-            return None;
-        }
-        let mut content = fs::read(&path).ok()?;
+        let mut content = disk::read(&path, LONGEST + 4).ok()?;
         let note = content.get(4..)?;
         if content[..4] != crc32c::crc32c(note).to_le_bytes() {
             tracing::warn!(digest = %layer, "a note in the cache is damaged");
@@ -78,17 +74,16 @@ impl Cache {
     /// Forgets a note.
     pub fn remove_note(&self, kind: NoteKind, layer: &Digest) {
         let path = self.note_path(kind, layer);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "cannot remove a note");
-            }
-            _ => {}
+        if let Err(error) = disk::remove(&path) {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a note");
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::cache::CacheConfig;
 

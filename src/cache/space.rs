@@ -1,20 +1,25 @@
 //! Room: what the cache takes, what must go, what is damaged.
 //!
-//! What is counted is what the files allocate (`st_blocks`), partial blobs and their maps included. Each process keeps an
-//! estimate that it raises with each reservation and replaces by a scan of the directory when the limit comes near or the
-//! estimate is old, so that several processes see each other's bytes.
+//! What is counted is what the files allocate (`st_blocks`): blobs, partial ones and their maps, what was made of them, what is taken
+//! away and still read, what crashes left. Not so the index and the tags, a few KiB that stay. Each process keeps an estimate that it raises with each reservation and replaces by a scan of the
+//! directory when the limit comes near or the estimate is old, so that several processes see each other's bytes.
+//!
+//! An eviction, in the order that never leaves an artifact in the index that is not whole:
+//! 1. the cache's lock; 2. nobody else has the file open or mapped; 3. `index.json` without the artifacts that need the blob;
+//! 4. the blob's file removed; 5. the map of a partial one. When 3 fails, nothing is removed.
 
-use std::fs::{self, File};
-use std::io::{self, Read as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::PathBuf;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::chunkmap::ChunkMap;
+use super::disk::{self, Access};
 use super::evict::{self, Candidate};
 use super::{BlobInfo, Cache, CacheError, index, lock};
-use crate::base::{ByteRange, Digest, Hasher, lock as guard};
+use crate::base::{ByteRange, Digest, lock as guard};
 
 /// An estimate older than this is replaced by a scan.
 const FRESH: Duration = Duration::from_secs(1);
@@ -22,6 +27,8 @@ const FRESH: Duration = Duration::from_secs(1);
 const EVICT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// With less room left than this, the estimate is not trusted.
 const NEAR: u64 = 256 << 20;
+/// So many processes may fill the cache, each as fast as this one, before one of them takes room that another has.
+const PROCESSES: u64 = 4;
 /// Eviction frees this part of the limit beyond what is needed, so that not every part that arrives evicts.
 const SLACK: u64 = 50;
 /// The largest manifest that is searched for the blobs that it names.
@@ -43,16 +50,14 @@ pub struct Usage {
 pub enum Verdict {
     /// Its digest, or for a partial blob the checksum of each chunk, is right.
     Sound,
-    /// It was damaged and has been removed, or the damaged chunks of it have.
+    /// It was damaged and is taken away, or the damaged chunks of it are.
     Removed,
-    /// It is damaged, and in use.
-    DamagedInUse,
 }
 
 #[derive(Debug)]
 pub(super) struct Space {
     limit: u64,
-    estimate: Mutex<Option<(u64, Instant)>>,
+    estimate: Mutex<Option<Estimate>>,
     /// Held from the decision that there is room until the room is taken.
     reserving: Mutex<()>,
     /// When eviction last found nothing to evict.
@@ -72,9 +77,42 @@ impl Space {
         }
     }
 
-    /// Takes note of what is allocated now.
-    fn note(&self, bytes: u64) {
-        *guard(&self.estimate) = Some((bytes, Instant::now()));
+    /// Takes note of what was found to be allocated.
+    fn found(&self, bytes: u64) {
+        *guard(&self.estimate) = Some(Estimate {
+            found: bytes,
+            grown: 0,
+            at: Instant::now(),
+        });
+    }
+
+    /// Takes note of what was taken since.
+    fn took(&self, bytes: u64) {
+        if let Some(estimate) = &mut *guard(&self.estimate) {
+            estimate.grown = estimate.grown.saturating_add(bytes);
+        }
+    }
+}
+
+/// What this process thinks is allocated.
+#[derive(Clone, Copy, Debug)]
+struct Estimate {
+    /// What a scan found.
+    found: u64,
+    /// What this process has taken since.
+    grown: u64,
+    at: Instant,
+}
+
+impl Estimate {
+    fn bytes(self) -> u64 {
+        self.found.saturating_add(self.grown)
+    }
+
+    /// Whether `bytes` more fit in any case, other processes having taken in the meantime several times what this one has.
+    fn surely_fits(self, bytes: u64, limit: u64) -> bool {
+        let taken = self.grown.saturating_add(bytes).saturating_mul(PROCESSES);
+        self.found.saturating_add(taken).saturating_add(NEAR) <= limit
     }
 }
 
@@ -84,15 +122,37 @@ struct Found {
     size: u64,
     allocated: u64,
     used: SystemTime,
-    sealed: bool,
-    /// No blob, but something that was made of one: it takes room and may go, and is not listed.
-    aside: bool,
+    kind: Kind,
     data: PathBuf,
+}
+
+/// What a file in the cache is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Sealed,
+    Partial,
+    /// No blob, but something that was made of one: it takes room and may go, and is not listed.
+    Aside,
+    /// It was taken away and is still read.
+    Removed,
+}
+
+/// What a look at the directory found.
+struct Scan {
+    found: Vec<Found>,
+    /// Bytes of all else: what crashes left.
+    rest: u64,
+}
+
+impl Scan {
+    fn allocated(&self) -> u64 {
+        self.found.iter().map(|found| found.allocated).sum::<u64>() + self.rest
+    }
 }
 
 impl Found {
     fn is_open(&self) -> bool {
-        File::open(&self.data)
+        disk::open(&self.data, Access::Read)
             .and_then(|file| lock::try_exclusive(&file))
             .is_ok_and(|alone| !alone)
     }
@@ -102,7 +162,7 @@ impl Cache {
     /// How full the cache is, as of a second ago at most.
     pub fn usage(&self) -> Usage {
         let space = &self.inner.space;
-        let allocated = self.estimate().unwrap_or(0);
+        let allocated = self.estimate().map_or(0, Estimate::bytes);
         let disk =
             rustix::fs::statvfs(self.dir()).map_or(u64::MAX, |stat| stat.f_bavail * stat.f_frsize);
         Usage {
@@ -112,59 +172,80 @@ impl Cache {
         }
     }
 
-    fn estimate(&self) -> Result<u64, CacheError> {
+    fn estimate(&self) -> Result<Estimate, CacheError> {
         let mut estimate = guard(&self.inner.space.estimate);
         match *estimate {
-            Some((bytes, at)) if at.elapsed() < FRESH => Ok(bytes),
+            Some(estimate) if estimate.at.elapsed() < FRESH => Ok(estimate),
             _ => {
-                let bytes = self.scan()?.iter().map(|found| found.allocated).sum();
-                *estimate = Some((bytes, Instant::now()));
-                Ok(bytes)
+                let new = Estimate {
+                    found: self.scan()?.allocated(),
+                    grown: 0,
+                    at: Instant::now(),
+                };
+                *estimate = Some(new);
+                Ok(new)
             }
         }
     }
 
-    /// Has `allocate` take `bytes` more when they fit under the limit, evicting what nobody uses.
+    /// Has `allocate` take `bytes` more when they fit under the limit and on the disk, evicting what nobody uses.
     ///
     /// Far from the limit the estimate is good enough. Near it, look, decision and allocation happen under the lock that all
     /// processes respect, so that no two of them take the same room.
     pub(super) fn reserve(
         &self,
         bytes: u64,
-        allocate: impl FnOnce() -> Result<(), CacheError>,
+        mut allocate: impl FnMut() -> Result<(), CacheError>,
     ) -> Result<(), CacheError> {
         let space = &self.inner.space;
         let _alone = guard(&space.reserving);
-        let known = self.estimate()?;
-        if known.saturating_add(bytes).saturating_add(NEAR) <= space.limit {
-            allocate()?;
-            space.note(known.saturating_add(bytes));
-            return Ok(());
+        if self.estimate()?.surely_fits(bytes, space.limit) {
+            match allocate() {
+                Err(CacheError::Full { .. }) => {}
+                allocated => {
+                    allocated?;
+                    space.took(bytes);
+                    return Ok(());
+                }
+            }
         }
         let recently = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < lock::PATIENCE);
         if recently(&guard(&space.stuck)) {
             return Err(CacheError::Full { wanted: bytes });
         }
         let reserved = self.locked(|| {
-            let found = self.scan()?;
-            let mut allocated = found.iter().map(|blob| blob.allocated).sum::<u64>();
+            let full = || CacheError::Full { wanted: bytes };
+            let exhausted =
+                || guard(&space.exhausted).is_some_and(|at| at.elapsed() < EVICT_AGAIN_AFTER);
+            let scan = self.scan()?;
+            let mut allocated = scan.allocated();
             if allocated.saturating_add(bytes) > space.limit {
-                let full = || CacheError::Full { wanted: bytes };
-                if guard(&space.exhausted).is_some_and(|at| at.elapsed() < EVICT_AGAIN_AFTER) {
+                if exhausted() {
                     return Err(full());
                 }
-                let target = space
-                    .limit
-                    .saturating_sub(bytes)
-                    .saturating_sub(space.limit / SLACK);
-                allocated = self.evict_from(found, target)?;
+                let target = space.limit.saturating_sub(bytes);
+                let target = target.saturating_sub(space.limit / SLACK);
+                allocated = self.evict_from(scan, target);
                 if allocated.saturating_add(bytes) > space.limit {
                     *guard(&space.exhausted) = Some(Instant::now());
                     return Err(full());
                 }
             }
-            allocate()?;
-            space.note(allocated.saturating_add(bytes));
+            let mut done = allocate();
+            // The disk is full before the limit is reached. What nobody uses makes room there, too.
+            if matches!(done, Err(CacheError::Full { .. })) && !exhausted() {
+                let target = allocated.saturating_sub(bytes.max(allocated / SLACK));
+                let left = self.evict_from(self.scan()?, target);
+                if left < allocated {
+                    allocated = left;
+                    done = allocate();
+                }
+                if done.is_err() {
+                    *guard(&space.exhausted) = Some(Instant::now());
+                }
+            }
+            done?;
+            space.found(allocated.saturating_add(bytes));
             Ok(())
         });
         if let Err(CacheError::Io { source, .. }) = &reserved
@@ -177,12 +258,13 @@ impl Cache {
 
     /// Evicts blobs that nobody uses, least recently used first, until at most `target` bytes are allocated. Returns what is.
     pub fn evict(&self, target: u64) -> Result<u64, CacheError> {
-        self.locked(|| self.evict_from(self.scan()?, target))
+        self.locked(|| Ok(self.evict_from(self.scan()?, target)))
     }
 
     /// Evicts from what a scan found. Under the lock.
-    fn evict_from(&self, mut found: Vec<Found>, target: u64) -> Result<u64, CacheError> {
-        let mut allocated: u64 = found.iter().map(|blob| blob.allocated).sum();
+    fn evict_from(&self, scan: Scan, target: u64) -> u64 {
+        let mut allocated = scan.allocated();
+        let mut found = scan.found;
         let candidates: Vec<_> = found
             .iter()
             .map(|blob| Candidate {
@@ -194,13 +276,21 @@ impl Cache {
             if allocated <= target {
                 break;
             }
-            if self.remove_unused(&mut found[at])? {
-                tracing::info!(digest = %found[at].digest, bytes = found[at].allocated, "evicted");
-                allocated = allocated.saturating_sub(found[at].allocated);
+            let found = &mut found[at];
+            match self.remove_unused(found) {
+                Ok(true) => {
+                    tracing::info!(digest = %found.digest, bytes = found.allocated, "evicted");
+                    allocated = allocated.saturating_sub(found.allocated);
+                }
+                Ok(false) => {}
+                // Others may go all the same.
+                Err(error) => {
+                    tracing::debug!(digest = %found.digest, %error, "cannot be evicted");
+                }
             }
         }
-        self.inner.space.note(allocated);
-        Ok(allocated)
+        self.inner.space.found(allocated);
+        allocated
     }
 
     /// Removes one blob.
@@ -212,8 +302,9 @@ impl Cache {
             let mut any = false;
             for mut found in self
                 .scan()?
+                .found
                 .into_iter()
-                .filter(|found| found.digest == *digest)
+                .filter(|found| found.digest == *digest && found.kind != Kind::Removed)
             {
                 any = true;
                 if !self.remove_unused(&mut found)? {
@@ -235,53 +326,63 @@ impl Cache {
     /// Removes a blob's files unless somebody uses them; the artifacts that need it leave the index first. Under the lock.
     fn remove_unused(&self, found: &mut Found) -> Result<bool, CacheError> {
         let failed = |error| CacheError::io("remove", &found.data)(error);
-        let file = match File::open(&found.data) {
+        let file = match disk::open(&found.data, Access::Read) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
             Err(error) => return Err(failed(error)),
         };
-        if !lock::try_exclusive(&file).map_err(failed)? {
+        if !lock::alone(&file).map_err(failed)? {
             return Ok(false);
         }
-        if found.sealed {
-            self.unpublish_users(&found.digest);
+        if found.kind == Kind::Sealed {
+            self.unpublish_users(&found.digest)?;
         }
         // Data before map: a map without its data is never believed.
-        fs::remove_file(&found.data).map_err(failed)?;
-        if !found.sealed && !found.aside {
-            let _ = fs::remove_file(self.layout().map(&found.digest));
+        disk::remove(&found.data).map_err(failed)?;
+        if found.kind == Kind::Partial {
+            let _ = disk::remove(&self.layout().map(&found.digest));
         }
         Ok(true)
     }
 
-    /// Takes the artifacts that a blob belongs to out of the index.
-    pub(super) fn unpublish_users(&self, blob: &Digest) {
+    /// Takes the artifacts that a blob belongs to out of the index. Under the lock.
+    ///
+    /// # Errors
+    /// The index still names them, and nothing of them may go.
+    pub(super) fn unpublish_users(&self, blob: &Digest) -> Result<(), CacheError> {
         let path = self.layout().index();
         let needle = blob.hex();
         let whole = |manifest: &Digest| {
             manifest != blob
-                && self.get(manifest, LARGEST_MANIFEST).is_some_and(|bytes| {
-                    !bytes
-                        .windows(needle.len())
-                        .any(|window| window == needle.as_bytes())
-                })
+                && self
+                    .peek(manifest, LARGEST_MANIFEST)
+                    .flatten()
+                    .is_some_and(|bytes| {
+                        !bytes
+                            .windows(needle.len())
+                            .any(|window| window == needle.as_bytes())
+                    })
         };
-        if let Err(error) = index::retain(&path, whole) {
-            tracing::warn!(%error, "the cache's index.json may name an artifact that is not whole");
-        }
+        let kept = index::retain(&path, whole).or_else(|error| {
+            tracing::debug!(%error, "the cache's index.json cannot be changed; it goes");
+            // A full disk has no room for a new one, and must not keep what fills it. It is made again with the next artifact.
+            disk::remove(&path)
+        });
+        kept.map_err(CacheError::io("write", &path))
     }
 
     /// All blobs, most recently used first.
     pub fn list(&self) -> Result<Vec<BlobInfo>, CacheError> {
         let mut blobs: Vec<_> = self
             .scan()?
+            .found
             .into_iter()
-            .filter(|found| !found.aside)
+            .filter(|found| matches!(found.kind, Kind::Sealed | Kind::Partial))
             .map(|found| BlobInfo {
                 digest: found.digest,
                 allocated: found.allocated,
                 size: found.size,
-                sealed: found.sealed,
+                sealed: found.kind == Kind::Sealed,
                 used: found.used,
                 open: found.is_open(),
             })
@@ -292,16 +393,9 @@ impl Cache {
 
     /// Evicts down to `target` bytes and removes what crashes left behind. Returns what is allocated then.
     pub fn gc(&self, target: u64) -> Result<u64, CacheError> {
+        self.sweep();
         let allocated = self.evict(target)?;
         self.locked(|| {
-            for entry in list_dir(&self.layout().partial_dir())? {
-                let path = entry.path();
-                let orphan = path.extension().is_some_and(|e| e == "map")
-                    && !path.with_extension("data").exists();
-                if orphan {
-                    let _ = fs::remove_file(path);
-                }
-            }
             let path = self.layout().index();
             index::retain(&path, |manifest| self.is_sealed(manifest))
                 .map_err(CacheError::io("write", &path))
@@ -328,31 +422,12 @@ impl Cache {
         Ok(())
     }
 
+    /// What is damaged goes, whoever has it open: they read on what they have, and whoever comes next gets it anew.
     fn verify_sealed(&self, info: &BlobInfo) -> Result<Verdict, CacheError> {
-        let path = self.layout().sealed(&info.digest);
-        let failed = |error| CacheError::io("read", &path)(error);
-        let mut file = File::open(&path).map_err(failed)?;
-        let mut hasher = Hasher::new();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => hasher.update(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!(digest = %info.digest, %error, "unreadable");
-                    break;
-                }
-            }
-        }
-        if hasher.finish() == info.digest {
-            return Ok(Verdict::Sound);
-        }
-        match self.remove(&info.digest) {
-            Ok(()) => Ok(Verdict::Removed),
-            Err(CacheError::InUse { .. }) => Ok(Verdict::DamagedInUse),
-            Err(error) => Err(error),
-        }
+        Ok(match self.discard_wrong(&info.digest)? {
+            true => Verdict::Removed,
+            false => Verdict::Sound,
+        })
     }
 
     fn verify_partial(&self, info: &BlobInfo) -> Result<Verdict, CacheError> {
@@ -361,12 +436,8 @@ impl Cache {
             self.layout().map(&info.digest),
         );
         let failed = |error| CacheError::io("read", &data)(error);
-        let data = File::open(&data).map_err(failed)?;
-        let map = File::options()
-            .read(true)
-            .write(true)
-            .open(map)
-            .map_err(failed)?;
+        let data = disk::open(&data, Access::Read).map_err(failed)?;
+        let map = disk::open(&map, Access::Write).map_err(failed)?;
         let Some(map) = ChunkMap::load(map, &info.digest, info.size).map_err(failed)? else {
             return Ok(Verdict::Sound); // nothing of it counts as present
         };
@@ -382,7 +453,7 @@ impl Cache {
             {
                 let present = ByteRange::new(from, end);
                 sound &= map
-                    .check(present, |buffer, at| data.read_exact_at(buffer, at))
+                    .check(present, |buffer, at| disk::read_exact(&data, buffer, at))
                     .map_err(failed)?;
                 from = gaps
                     .iter()
@@ -397,53 +468,65 @@ impl Cache {
         })
     }
 
-    fn scan(&self) -> Result<Vec<Found>, CacheError> {
-        let mut blobs = Vec::new();
-        for (dir, suffix, sealed, aside) in [
-            (self.layout().sealed_dir(), "", true, false),
-            (self.layout().partial_dir(), ".data", false, false),
-            (self.layout().unpacked_dir(), ".tar", false, true),
-            (self.layout().notes_dir(), ".listing", false, true),
-            (self.layout().notes_dir(), ".unpacked", false, true),
+    fn scan(&self) -> Result<Scan, CacheError> {
+        self.sweep_removed();
+        let layout = self.layout();
+        let mut scan = Scan {
+            found: Vec::new(),
+            rest: 0,
+        };
+        for (dir, kind) in [
+            (layout.sealed_dir(), Kind::Sealed),
+            (layout.partial_dir(), Kind::Partial),
+            (layout.unpacked_dir(), Kind::Aside),
+            (layout.notes_dir(), Kind::Aside),
+            (layout.removed_dir(), Kind::Removed),
         ] {
-            for entry in list_dir(&dir)? {
-                let name = entry.file_name();
-                let Some(digest) = name
-                    .to_str()
-                    .and_then(|name| name.strip_suffix(suffix))
-                    .and_then(|hex| Digest::from_hex(hex).ok())
-                else {
-                    continue;
-                };
+            for entry in disk::list(&dir).map_err(CacheError::io("list", &dir))? {
                 // Gone since the directory was listed: not here.
                 let Ok(metadata) = entry.metadata() else {
                     continue;
                 };
-                let map = if sealed || aside {
-                    0
-                } else {
-                    blocks(fs::metadata(self.layout().map(&digest)))
+                let mut allocated = metadata.blocks() * 512;
+                let (path, name) = (entry.path(), entry.file_name());
+                let digest = name.to_str().and_then(|name| digest_of(name, kind));
+                if kind == Kind::Partial {
+                    match digest {
+                        Some(_) => allocated += blocks(&path.with_extension("map")),
+                        // Its blob counts it.
+                        None if path.with_extension("data").exists() => continue,
+                        None => {}
+                    }
+                }
+                let Some(digest) = digest.filter(|_| metadata.is_file()) else {
+                    scan.rest += allocated;
+                    continue;
                 };
-                blobs.push(Found {
+                scan.found.push(Found {
                     digest,
                     size: metadata.len(),
-                    allocated: metadata.blocks() * 512 + map,
+                    allocated,
                     used: metadata.accessed().unwrap_or(SystemTime::UNIX_EPOCH),
-                    sealed,
-                    aside,
-                    data: entry.path(),
+                    kind,
+                    data: path,
                 });
             }
         }
-        Ok(blobs)
+        Ok(scan)
     }
 }
 
-fn blocks(metadata: io::Result<fs::Metadata>) -> u64 {
-    metadata.map_or(0, |metadata| metadata.blocks() * 512)
+/// Of which blob a file is, by its name; `None` for what is no blob's own.
+fn digest_of(name: &str, kind: Kind) -> Option<Digest> {
+    let hex = match kind {
+        Kind::Sealed => name,
+        Kind::Partial => name.strip_suffix(".data")?,
+        Kind::Aside => name.split_once('.')?.0,
+        Kind::Removed => name.split_once('-')?.0,
+    };
+    Digest::from_hex(hex).ok()
 }
 
-fn list_dir(dir: &std::path::Path) -> Result<Vec<fs::DirEntry>, CacheError> {
-    let entries = fs::read_dir(dir).map_err(CacheError::io("list", dir))?;
-    Ok(entries.flatten().collect())
+fn blocks(path: &Path) -> u64 {
+    fs::symlink_metadata(path).map_or(0, |metadata| metadata.blocks() * 512)
 }

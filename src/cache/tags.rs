@@ -4,13 +4,13 @@
 //! tags/<hex>.json    {"name":"ghcr.io/org/model:v1","digest":"sha256:…","checked":<seconds since the epoch>}
 //! ```
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use super::disk;
 use super::layout::replace;
 use crate::base::Digest;
 
@@ -40,10 +40,7 @@ fn path(dir: &Path, name: &str) -> PathBuf {
 }
 
 fn load(path: &Path) -> Option<TagRecord> {
-    if fs::metadata(path).ok()?.len() > LONGEST {
-        return None;
-    }
-    let record: OnDisk = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    let record: OnDisk = serde_json::from_slice(&disk::read(path, LONGEST).ok()?).ok()?;
     let checked = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(record.checked))?;
     Some(TagRecord {
         name: record.name,
@@ -71,15 +68,15 @@ pub(super) fn get(dir: &Path, name: &str) -> Option<TagRecord> {
 }
 
 pub(super) fn remove(dir: &Path, name: &str) -> io::Result<()> {
-    fs::remove_file(path(dir, name))
+    let path = path(dir, name);
+    std::fs::symlink_metadata(&path)?;
+    disk::remove(&path)
 }
 
 pub(super) fn list(dir: &Path) -> Vec<TagRecord> {
-    let Ok(entries) = fs::read_dir(dir) else {
-        return Vec::new();
-    };
-    let mut records: Vec<_> = entries
-        .flatten()
+    let mut records: Vec<_> = disk::list(dir)
+        .unwrap_or_default()
+        .into_iter()
         .filter_map(|entry| load(&entry.path()))
         .collect();
     records.sort_by(|a, b| a.name.cmp(&b.name));
@@ -88,6 +85,8 @@ pub(super) fn list(dir: &Path) -> Vec<TagRecord> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -3,25 +3,24 @@
 //! Its life, and the order that keeps every crash harmless:
 //! 1. `unpacked/<hex of the layer>.tar` is made, and the exclusive flock(2) on it taken: one process makes it.
 //! 2. It only grows, from front to back. Its length is what may be read, by other processes too.
-//! 3. When the layer has ended and its digest was right: fdatasync; under the cache's lock, rename to `blobs/sha256/<hex>`
-//!    under the digest of the uncompressed bytes; fsync of the directory; then the note that says which blob the layer became.
-//!    From then on it is a sealed blob like any other, evicted and verified as such.
-//!
-//! A file that nobody has locked was left by a crash. It is removed, never shortened: somebody may be reading it.
+//! 3. When the layer has ended and its digest was right: a. cut to its length, which gives back only what was reserved behind it;
+//!    b. fdatasync; c. under the cache's lock, rename to `blobs/sha256/<hex>` under the digest of the uncompressed bytes, unless they are
+//!    there; d. fsync of the directory; e. the note that says which blob the layer became. From then on it is a sealed blob like any
+//!    other, evicted and verified as such.
+//! 4. When anything fails, the file is removed. So is one that nobody has locked, for that was left by a crash; it is never
+//!    shortened, for somebody may be reading it.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::disk::{self, Access, sync_dir};
 use super::entry::Entry;
-use super::layout::sync_dir;
 use super::lock;
 use super::notes::NoteKind;
 use super::{Cache, CacheError};
@@ -68,8 +67,7 @@ impl Growing {
     pub fn read(&self, range: ByteRange) -> Result<Bytes, CacheError> {
         let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
         let mut buffer = vec![0; len];
-        self.file
-            .read_exact_at(&mut buffer, range.start())
+        disk::read_exact(&self.file, &mut buffer, range.start())
             .map_err(CacheError::io("read", &self.path))?;
         Ok(buffer.into())
     }
@@ -119,18 +117,10 @@ impl Cache {
         let failed = || CacheError::io("open", &path);
         // Every pass but the last saw another process begin or end.
         for _ in 0..100 {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)
-                .map_err(failed())?;
+            let file = disk::open(&path, Access::Make).map_err(failed())?;
             let alone = lock::try_exclusive(&file).map_err(failed())?;
             let open = file.metadata().map_err(failed())?;
-            let named = fs::metadata(&path)
-                .is_ok_and(|now| (now.dev(), now.ino()) == (open.dev(), open.ino()));
+            let named = names(&path, &file);
             let growing = Growing {
                 file: Arc::new(file),
                 path: path.clone(),
@@ -140,7 +130,7 @@ impl Cache {
                 (false, true) => return Ok(Unpacking::Others(growing)),
                 (true, true) if open.len() > 0 => {
                     // Left by a crash.
-                    fs::remove_file(&path).map_err(CacheError::io("remove", &path))?;
+                    disk::remove(&path).map_err(CacheError::io("remove", &path))?;
                 }
                 (true, true) => {
                     return Ok(Unpacking::Ours(Unpacker {
@@ -172,21 +162,22 @@ impl Unpacker {
         let end = self.at.saturating_add(bytes.len() as u64);
         while end > self.reserved {
             let (file, from) = (Arc::clone(&self.growing.file), self.reserved);
-            let allocate =
-                || match rustix::fs::fallocate(&*file, FallocateFlags::KEEP_SIZE, from, STEP) {
-                    Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-                    Err(Errno::NOSPC | Errno::DQUOT) => Err(CacheError::Full { wanted: STEP }),
-                    Err(error) => Err(CacheError::io("allocate", &self.growing.path)(error.into())),
-                };
+            let allocate = || match disk::allocate(&file, from, STEP) {
+                Ok(_) => Ok(()),
+                Err(error) if disk::is_full(&error) => Err(CacheError::Full { wanted: STEP }),
+                Err(error) => Err(CacheError::io("allocate", &self.growing.path)(error)),
+            };
             self.cache.reserve(STEP, allocate)?;
             self.reserved += STEP;
         }
-        let written = self.growing.file.write_all_at(bytes, self.at);
-        written.map_err(|error| match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CacheError::Full {
-                wanted: bytes.len() as u64,
-            },
-            _ => CacheError::io("write", &self.growing.path)(error),
+        let written = disk::write(&self.growing.file, bytes, self.at);
+        written.map_err(|error| {
+            if disk::is_full(&error) {
+                return CacheError::Full {
+                    wanted: bytes.len() as u64,
+                };
+            }
+            CacheError::io("write", &self.growing.path)(error)
         })?;
         self.at = end;
         Ok(())
@@ -198,10 +189,14 @@ impl Unpacker {
         let sealed = self.cache.layout().sealed(digest);
         let file = &self.growing.file;
         // What was allocated beyond the end is given back.
-        file.set_len(size).map_err(CacheError::io("cut", &path))?;
-        file.sync_data().map_err(CacheError::io("sync", &path))?;
+        disk::set_len(file, size).map_err(CacheError::io("cut", &path))?;
+        disk::sync(file).map_err(CacheError::io("sync", &path))?;
         self.cache.locked(|| {
-            fs::rename(&path, &sealed).map_err(CacheError::io("rename", &path))?;
+            // The same bytes may be here already, compressed in another way, and be in use.
+            if self.cache.is_sealed_as(digest, size) {
+                return Ok(());
+            }
+            disk::rename(&path, &sealed).map_err(CacheError::io("rename", &path))?;
             self.finished = true;
             // From exclusive to shared: from here on it is a blob in use.
             lock::shared(file, lock::PATIENCE).map_err(CacheError::io("lock", &sealed))
@@ -223,10 +218,16 @@ impl Unpacker {
 
 impl Drop for Unpacker {
     fn drop(&mut self) {
-        if !self.finished {
-            let _ = fs::remove_file(&self.growing.path);
+        if !self.finished && names(&self.growing.path, &self.growing.file) {
+            let _ = disk::remove(&self.growing.path);
         }
     }
+}
+
+/// Whether `path` still leads to this file.
+fn names(path: &Path, file: &File) -> bool {
+    let (now, open) = (fs::symlink_metadata(path), file.metadata());
+    now.is_ok_and(|now| open.is_ok_and(|open| (now.dev(), now.ino()) == (open.dev(), open.ino())))
 }
 
 #[cfg(test)]

@@ -267,7 +267,6 @@ fn verify(cache: &Cache) -> Result<Exit> {
         match verdict {
             Verdict::Sound => sound += 1,
             Verdict::Removed => wrong.push(format!("{}: damaged, removed", blob.digest)),
-            Verdict::DamagedInUse => wrong.push(format!("{}: damaged, and in use", blob.digest)),
         }
     })?;
     task.finish();
