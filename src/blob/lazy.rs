@@ -390,23 +390,12 @@ impl LazyBlob {
     pub async fn complete(self: &Arc<Self>) -> Result<(), BlobError> {
         let hold = self.hold();
         self.filling.store(true, Ordering::Release);
-        let everything = ByteRange::new(0, self.size);
         for _ in 0..ROUNDS {
             self.check()?;
             if *self.verified.borrow() == Verified::Yes {
                 return Ok(());
             }
-            stream::iter(plan::parts(everything, 2 * plan::PART))
-                .map(|part| {
-                    let hold = &hold;
-                    async move {
-                        let deadline = Deadline::after(self.shared.config.read_timeout);
-                        self.ensure(hold, part, Urgency::Fill, deadline).await
-                    }
-                })
-                .buffered(PARTS_AT_ONCE / 2)
-                .try_collect::<()>()
-                .await?;
+            self.fetch_all(&hold).await?;
             if self.hash_what_came(&hold).await {
                 self.check()?;
                 return Ok(());
@@ -419,6 +408,32 @@ impl LazyBlob {
             digest: self.digest,
             size: self.size,
         })
+    }
+
+    /// Fetches what is missing, and no more: [`LazyBlob::complete`] without the wait for the hash. As long as the hold lives, nothing
+    /// of it is evicted.
+    ///
+    /// # Errors
+    /// As [`LazyBlob::complete`].
+    pub async fn fill(self: &Arc<Self>) -> Result<Hold, BlobError> {
+        let hold = self.hold();
+        self.check()?;
+        self.filling.store(true, Ordering::Release);
+        if *self.verified.borrow() != Verified::Yes {
+            self.fetch_all(&hold).await?;
+        }
+        Ok(hold)
+    }
+
+    async fn fetch_all(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
+        stream::iter(plan::parts(ByteRange::new(0, self.size), 2 * plan::PART))
+            .map(|part| async move {
+                let deadline = Deadline::after(self.shared.config.read_timeout);
+                self.ensure(hold, part, Urgency::Fill, deadline).await
+            })
+            .buffered(PARTS_AT_ONCE / 2)
+            .try_collect::<()>()
+            .await
     }
 
     /// What `range` holds, from cache and memory; `None` when some of it is not here.

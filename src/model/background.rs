@@ -4,14 +4,18 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
 use futures_util::{StreamExt as _, stream};
+use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::{Model, Models};
 use crate::base::{Digest, lock};
 use crate::blob::{Event, Prefetch};
 
-/// Blobs of one model that are completed side by side: the next one's bytes come while the last one's hash is finished.
-const SIDE_BY_SIDE: usize = 2;
+/// Blobs of one model that are fetched side by side, so that the last parts of one leave no connection idle.
+const FETCHED_TOGETHER: usize = 2;
+/// Blobs of one model that are fetched or hashed: on a busy machine hashing falls behind the wire, which must not stand still for
+/// it, but what is not sealed cannot be evicted either.
+const UNDECIDED: usize = 8;
 
 impl Models {
     /// Looks after models until the process ends: with [`Prefetch::Model`], once a reader wants all of a weight file, the rest
@@ -50,10 +54,23 @@ impl Models {
 
 async fn complete(model: &Model) {
     tracing::info!(digest = %model.digest, bytes = model.size(), "completing a model that is being read");
+    let connections = Semaphore::new(FETCHED_TOGETHER);
     stream::iter(&model.blobs)
-        .for_each_concurrent(SIDE_BY_SIDE, |blob| async move {
-            if let Err(error) = blob.complete().await {
-                tracing::warn!(digest = %blob.digest(), %error, "cannot be completed in the background");
+        .for_each_concurrent(UNDECIDED, |blob| {
+            let connections = &connections;
+            async move {
+                let fetched = {
+                    // In the order of the manifest: the semaphore is fair.
+                    let _permit = connections.acquire().await;
+                    blob.fill().await
+                };
+                let completed = match &fetched {
+                    Ok(_hold) => blob.complete().await,
+                    Err(error) => Err(error.clone()),
+                };
+                if let Err(error) = completed {
+                    tracing::warn!(digest = %blob.digest(), %error, "cannot be completed in the background");
+                }
             }
         })
         .await;
