@@ -17,6 +17,7 @@
 //!           └ blob        a lazy blob: what is here, what to fetch, in what order; verification; prefetch
 //!              ├ cache    bytes on disk: layout, chunk maps, eviction, locks between processes
 //!              └ registry references, credentials, tokens, ranged reads, retries, push
+//! runner                  (feature `runner`) text from a model directory; a program of its own that reads plain files
 //! serve, pack             the other direction: an OCI layout as a registry, a directory as an artifact
 //! base                    value types of all layers
 //! ```
@@ -64,5 +65,7 @@ pub mod model;
 pub mod mount;
 pub mod pack;
 pub mod registry;
+#[cfg(feature = "runner")]
+pub mod runner;
 pub mod serve;
 pub mod tree;

