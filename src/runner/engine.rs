@@ -192,6 +192,11 @@ impl Engine {
         self.loaded
     }
 
+    /// Forgets what was seen: the next prompt is computed from its first token on.
+    pub fn forget(&mut self) {
+        self.seen.clear();
+    }
+
     /// The logits after each token of `tokens`, rows of the vocabulary's size, computed `piece` tokens at a time. Forgets what was
     /// seen.
     ///

@@ -33,6 +33,9 @@ struct Cli {
     /// Take the prompt from FILE, a JSON list of token ids.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "listen"])]
     prompt_tokens: Option<PathBuf>,
+    /// Generate N times and tell of the last one, from its first token on: what is done once is over by then.
+    #[arg(long, value_name = "N", requires = "prompt_tokens")]
+    repeat: Option<usize>,
     /// Generate nothing: write the logits after each token of the prompt to FILE, little-endian f32, a row a token.
     #[arg(long, value_name = "FILE", requires = "prompt_tokens")]
     logits: Option<PathBuf>,
@@ -125,7 +128,20 @@ fn run(cli: &Cli) -> Result<u8> {
         (Prompt::Tokens(tokens), Some(path)) => {
             write_logits(&mut engine, &tokens, cli.piece.unwrap_or(512), path)
         }
-        (Prompt::Tokens(tokens), None) => once(&mut engine, &cli.generate, sampling, tokens),
+        (Prompt::Tokens(tokens), None) => {
+            let warm_up = Request {
+                prompt: tokens.clone(),
+                most: cli.generate.tokens,
+                sampling: sampling.clone(),
+                ignore_ends: cli.generate.ignore_end,
+                ..Request::default()
+            };
+            for _ in 1..cli.repeat.unwrap_or(1) {
+                engine.generate(&warm_up, |_| ControlFlow::Continue(()))?;
+                engine.forget();
+            }
+            once(&mut engine, &cli.generate, sampling, tokens)
+        }
         (Prompt::Text(text), _) => {
             let tokens = encode(&engine, &cli.generate, &text)?;
             once(&mut engine, &cli.generate, sampling, tokens)
