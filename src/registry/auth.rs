@@ -56,8 +56,8 @@ impl Place<'_> {
 pub(super) struct Grant {
     /// Value of `Authorization`, marked sensitive.
     pub(super) header: HeaderValue,
-    /// The same in parts, for uploads.
-    pub(super) form: GrantForm,
+    /// Whose password it is, where it is one.
+    pub(super) user: Option<String>,
     /// From when on it is renewed before use; `None`: never.
     renew_at: Option<Instant>,
     /// When half its life is over: an upload begins with a younger one.
@@ -66,15 +66,6 @@ pub(super) struct Grant {
     from: Option<Digest>,
     /// Why it was made from nothing, where there should have been credentials.
     pub(super) trouble: Option<String>,
-}
-
-/// What a grant consists of.
-#[derive(Clone, Debug)]
-pub(super) enum GrantForm {
-    /// User name and password.
-    Basic(String, Secret),
-    /// A bearer token.
-    Bearer(Secret),
 }
 
 /// What is known before a request is sent.
@@ -285,12 +276,7 @@ impl Auth {
     ) -> Result<Grant, RegistryError> {
         let bearer = |token: Secret, lifetime| {
             let header = format!("Bearer {}", token.expose());
-            grant(
-                place.repository,
-                &header,
-                GrantForm::Bearer(token),
-                lifetime,
-            )
+            grant(place.repository, &header, None, lifetime)
         };
         let given = match credentials {
             Some(Credentials::Registry(token)) => return bearer(token, None),
@@ -360,12 +346,7 @@ fn basic_grant(
     let reason = match credentials {
         Some(Credentials::Basic { username, password }) => {
             let header = basic(&username, password.expose());
-            return grant(
-                repository,
-                &header,
-                GrantForm::Basic(username, password),
-                None,
-            );
+            return grant(repository, &header, Some(username), None);
         }
         Some(_) => format!(
             "{host} wants a user name and password, and the credential file has only a token for it"
@@ -403,7 +384,7 @@ pub(super) fn header_value(text: &str) -> Option<HeaderValue> {
 fn grant(
     repository: &Repository,
     header: &str,
-    form: GrantForm,
+    user: Option<String>,
     lifetime: Option<Duration>,
 ) -> Result<Grant, RegistryError> {
     let header = header_value(header).ok_or_else(|| RegistryError::Protocol {
@@ -413,7 +394,7 @@ fn grant(
     let now = Instant::now();
     Ok(Grant {
         header,
-        form,
+        user,
         renew_at: lifetime.map(|lifetime| now + usable(lifetime)),
         half_life: lifetime.map(|lifetime| now + lifetime / 2),
         from: None,
@@ -451,9 +432,8 @@ mod tests {
     #[test]
     fn a_token_that_would_split_the_header_is_refused() {
         let repository = Repository::new("h.io", "x").unwrap();
-        let form = || GrantForm::Bearer(Secret::new("x"));
-        assert!(grant(&repository, "Bearer a\r\nX: y", form(), None).is_err());
-        let grant = grant(&repository, "Bearer hunter2", form(), None).unwrap();
+        assert!(grant(&repository, "Bearer a\r\nX: y", None, None).is_err());
+        let grant = grant(&repository, "Bearer hunter2", None, None).unwrap();
         assert!(!format!("{grant:?}").contains("hunter2"));
     }
 }

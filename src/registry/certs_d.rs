@@ -48,6 +48,8 @@ pub(super) struct Capabilities {
     pub(super) pull: bool,
     /// What a tag points at, for which its word is taken.
     pub(super) resolve: bool,
+    /// Uploads.
+    pub(super) push: bool,
 }
 
 impl Default for Capabilities {
@@ -55,6 +57,7 @@ impl Default for Capabilities {
         Self {
             pull: true,
             resolve: true,
+            push: true,
         }
     }
 }
@@ -323,6 +326,7 @@ impl Reader<'_> {
                     endpoint.capabilities = Capabilities {
                         pull: has("pull"),
                         resolve: has("resolve"),
+                        push: has("push"),
                     };
                 }
                 "ca" => {

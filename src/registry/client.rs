@@ -19,10 +19,7 @@ use crate::base::Deadline;
 /// What all clones of a [`super::Registry`] share.
 #[derive(Debug)]
 pub(super) struct Client {
-    /// Every registry itself, spoken to as its name says.
-    pub(super) origin: Arc<Peer>,
     pub(super) ways: Ways,
-    pub(super) config: RegistryConfig,
 }
 
 /// What a server must be good for.
@@ -32,6 +29,8 @@ pub(super) enum Need {
     Pull,
     /// What a tag points at.
     Resolve,
+    /// Uploads.
+    Push,
 }
 
 /// A request below `/v2/<repository>/`.
@@ -63,11 +62,8 @@ impl Call<'_> {
 impl Client {
     pub(super) fn new(config: RegistryConfig) -> Result<Self, RegistryError> {
         let sources = Sources::new(config.auth_files.clone().unwrap_or_default());
-        let ways = Ways::new(&config, Arc::new(sources))?;
         Ok(Self {
-            origin: Arc::clone(ways.plain()),
-            ways,
-            config,
+            ways: Ways::new(&config, Arc::new(sources))?,
         })
     }
 

@@ -55,14 +55,20 @@ pub(super) struct Found {
     pub(super) trouble: Option<String>,
 }
 
-/// The files that podman and docker look into, in order: `REGISTRY_AUTH_FILE`, `$XDG_RUNTIME_DIR/containers/auth.json`,
-/// `$XDG_CONFIG_HOME/containers/auth.json`, `$DOCKER_CONFIG/config.json`, with their defaults, and `~/.dockercfg`. `env` reads a variable.
+/// The files that podman and docker look into: `REGISTRY_AUTH_FILE` alone where it is set, else `$DOCKER_CONFIG/config.json` alone where that
+/// is (containers/common `pkg/auth`; docker looks nowhere else either), else in order `$XDG_RUNTIME_DIR/containers/auth.json`,
+/// `$XDG_CONFIG_HOME/containers/auth.json`, with their defaults, `~/.docker/config.json` and `~/.dockercfg`. `env` reads a variable.
 pub fn default_auth_files(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     let dir = |name: &str| {
         env(name)
             .filter(|value| !value.is_empty())
             .map(PathBuf::from)
     };
+    let named =
+        dir("REGISTRY_AUTH_FILE").or_else(|| Some(dir("DOCKER_CONFIG")?.join("config.json")));
+    if let Some(named) = named {
+        return vec![named];
+    }
     let home = dir("HOME");
     let under_home = |path: &str| home.as_ref().map(|home| home.join(path));
     let runtime = dir("XDG_RUNTIME_DIR")
@@ -74,14 +80,11 @@ pub fn default_auth_files(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf
             ))
         });
     [
-        dir("REGISTRY_AUTH_FILE"),
         Some(runtime.join("auth.json")),
         dir("XDG_CONFIG_HOME")
             .or_else(|| under_home(".config"))
             .map(|dir| dir.join("containers/auth.json")),
-        dir("DOCKER_CONFIG")
-            .or_else(|| under_home(".docker"))
-            .map(|dir| dir.join("config.json")),
+        under_home(".docker/config.json"),
         under_home(".dockercfg"),
     ]
     .into_iter()
@@ -180,15 +183,24 @@ mod tests {
             "/home/u/.dockercfg",
         ];
         assert_eq!(default_auth_files(env), expected.map(PathBuf::from));
-        let all = |name: &str| Some(format!("/{name}").into());
-        let expected = [
-            "/REGISTRY_AUTH_FILE",
-            "/XDG_RUNTIME_DIR/containers/auth.json",
-            "/XDG_CONFIG_HOME/containers/auth.json",
-            "/DOCKER_CONFIG/config.json",
-            "/HOME/.dockercfg",
-        ];
-        assert_eq!(default_auth_files(all), expected.map(PathBuf::from));
+        // What is named is meant alone, and where an empty name stands, nothing is named.
+        let set = |set: &'static [&str]| {
+            default_auth_files(move |name| set.contains(&name).then(|| format!("/{name}").into()))
+        };
+        let podmans = PathBuf::from("/REGISTRY_AUTH_FILE");
+        let dockers = PathBuf::from("/DOCKER_CONFIG/config.json");
+        assert_eq!(
+            set(&["REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "HOME"]),
+            [podmans]
+        );
+        assert_eq!(
+            set(&["DOCKER_CONFIG", "HOME", "XDG_RUNTIME_DIR"]),
+            [dockers]
+        );
+        let config = "/XDG_CONFIG_HOME/containers/auth.json";
+        assert!(set(&["XDG_CONFIG_HOME"]).contains(&config.into()));
+        let empty = |name: &str| (name == "REGISTRY_AUTH_FILE").then(OsString::new);
+        assert_eq!(default_auth_files(empty).len(), 1);
         assert_eq!(default_auth_files(|_| None).len(), 1);
     }
 

@@ -78,6 +78,7 @@ impl Ways {
     }
 
     /// A registry of which nothing is said.
+    #[cfg(test)]
     pub(super) fn plain(&self) -> &Arc<Peer> {
         &self.plain.server
     }

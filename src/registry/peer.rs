@@ -6,7 +6,7 @@ use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
 use reqwest::{Method, Url};
 
 use super::address::address_of;
-use super::auth::{self, Auth, GrantForm, Known, Place};
+use super::auth::{self, Action, Auth, Known, Place};
 use super::certs_d::{Capabilities, Endpoint};
 use super::challenge::{self, Challenge};
 use super::client::{Call, Need};
@@ -28,7 +28,8 @@ pub(super) struct Peer {
     base: Option<Url>,
     is_mirror: bool,
     capabilities: Capabilities,
-    headers: HeaderMap,
+    /// Sent with each request to it.
+    pub(super) headers: HeaderMap,
 }
 
 impl Peer {
@@ -60,6 +61,7 @@ impl Peer {
         match need {
             Need::Pull => self.capabilities.pull,
             Need::Resolve => self.capabilities.resolve,
+            Need::Push => self.capabilities.push,
         }
     }
 
@@ -95,7 +97,7 @@ impl Peer {
 
     /// The address of something in a repository. A server that is not the registry itself is told whom it stands for
     /// (distribution-spec, "Registry Proxying").
-    fn url(&self, root: &Url, call: &Call<'_>) -> Result<Url, RegistryError> {
+    pub(super) fn url(&self, root: &Url, call: &Call<'_>) -> Result<Url, RegistryError> {
         let path = format!("{}/{}", call.repository.path(), call.path);
         let mut url = joined(root, &path, &call.what)?;
         if let Some(base) = &self.base
@@ -123,12 +125,7 @@ impl Peer {
         url: Url,
     ) -> Result<Answer, RegistryError> {
         let name = self.name(call.repository);
-        let place = Place {
-            root,
-            name: &name,
-            repository: call.repository,
-            action: call.action,
-        };
+        let place = self.place(call, root, &name);
         let known = self.auth.known(&self.transport, place).await?;
         let answer = self.send(call, url.clone(), &known).await?;
         if answer.response.status() == 403 && !answer.foreign {
@@ -141,7 +138,7 @@ impl Peer {
         if answer.response.status() != 401 || answer.foreign {
             return Ok(answer);
         }
-        let Some(challenge) = self.challenge(&answer, root, &call.what).await? else {
+        let Some(challenge) = self.challenge(&answer, root, call).await? else {
             return Ok(answer);
         };
         drain(answer.response).await;
@@ -154,7 +151,7 @@ impl Peer {
         // That a login is wrong is the one thing that a second 401 tells for certain; a token may lack a right.
         if answer.response.status() == 401
             && !answer.foreign
-            && let Some(GrantForm::Basic(user, _)) = known.grant.as_ref().map(|grant| &grant.form)
+            && let Some(user) = known.grant.as_ref().and_then(|grant| grant.user.as_deref())
         {
             let (host, user) = (&name, bounded(user, 60));
             return Err(RegistryError::Denied {
@@ -167,6 +164,34 @@ impl Peer {
             });
         }
         Ok(answer)
+    }
+
+    /// Where a call's rights are needed; `name` is the server's.
+    pub(super) fn place<'a>(&self, call: &Call<'a>, root: &'a Url, name: &'a str) -> Place<'a> {
+        Place {
+            root,
+            name,
+            repository: call.repository,
+            action: call.action,
+        }
+    }
+
+    /// After a 401 to what was sent with all that is known: another grant is fetched.
+    pub(super) async fn renew(&self, call: &Call<'_>, answer: Answer) -> Result<(), RegistryError> {
+        let root = self.root(call.repository).await?;
+        let name = self.name(call.repository);
+        let place = self.place(call, &root, &name);
+        let known = self.auth.known(&self.transport, place).await?;
+        let challenge = self.challenge(&answer, &root, call).await?;
+        drain(answer.response).await;
+        match challenge {
+            Some(challenge) => self
+                .auth
+                .renew(&self.transport, place, challenge, &known)
+                .await
+                .map(|_| ()),
+            None => Ok(()),
+        }
     }
 
     /// A refusal for want of credentials says why there were none.
@@ -205,17 +230,19 @@ impl Peer {
         self.transport.send(&ask, &call.what).await
     }
 
-    /// The challenge of a 401; registries that send none with it are asked at `/v2/`, where they have to.
+    /// The challenge of a 401; registries that send none with it are asked at `/v2/`, where they have to. Where that is open and only
+    /// writing wants a login, a password is what is left to try.
     async fn challenge(
         &self,
         refused: &Answer,
         root: &Url,
-        what: &str,
+        call: &Call<'_>,
     ) -> Result<Option<Challenge>, RegistryError> {
         if let Some(challenge) = chosen(refused) {
             return Ok(Some(challenge));
         }
-        self.ping(root, what).await
+        let told = self.ping(root, &call.what).await?;
+        Ok(told.or((call.action == Action::Push).then_some(Challenge::Basic)))
     }
 
     /// The challenge that the root (`/v2/`) answers, if it answers one.

@@ -1,7 +1,11 @@
-//! Uploads: blobs as one stream each, then the manifest. The protocol is oci-client's; who may is decided here.
+//! Uploads: blobs as one stream each, then the manifest (distribution-spec, "Pushing blobs", "Pushing manifests").
 //!
-//! Known limits of oci-client 0.18: it reads the body of an error answer whole, and passes no Retry-After on. It follows an upload's
-//! Location to any host (without credentials), so a registry is trusted with where the content goes.
+//! They go to the first server of the registry's `hosts.toml` that can take them, else to the registry itself, with the certificates and
+//! headers that are meant for it. A registry is trusted with where the content goes: the Location of an upload may be another host's, which
+//! gets neither credentials nor headers.
+//!
+//! One PUT per blob: chunked uploads are the exception that registries get wrong, and distribution's own throws away what came before a
+//! connection broke. What was sent whole is found and not sent again.
 
 use std::future::Future;
 use std::io;
@@ -11,25 +15,21 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
-use oci_client::RegistryOperation;
-use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
-use oci_client::errors::OciDistributionError;
-use oci_client::secrets::RegistryAuth;
-use oci_client::token_cache::{RegistryToken, RegistryTokenType};
-use reqwest::header::HeaderValue;
-use reqwest::{Method, Url};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Body, Method, Url};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use super::address::{host_of, is_loopback};
-use super::auth::{Action, Grant, GrantForm, Known, Place};
-use super::challenge::Challenge;
-use super::client::{Call, Client};
+use super::address::same_origin;
+use super::auth::Action;
+use super::client::{Call, Client, Need};
+use super::peer::Peer;
 use super::retry::Tries;
+use super::transport::{Answer, Ask};
 use super::{Reference, RegistryError, Repository};
 use crate::base::{Deadline, Digest, lock};
 
 /// Most tries of an upload: its deadline is made for its length and would allow hours of them.
-const MOST_TRIES: u32 = 8;
+const TRIES: Tries = Tries::AtMost(8);
 /// Size of the pieces that an upload is read in.
 const PIECE: usize = 256 << 10;
 /// How long a registry may take to answer when it has all of a blob: many hash it, or move it to their store, only then.
@@ -44,20 +44,18 @@ pub enum Pushed {
     Existed,
 }
 
-/// An upload client with its authorisation.
-struct Uploader {
-    client: oci_client::Client,
-    root: Url,
-    known: Known,
-    /// Whether the authorisation is the answer to a 401.
-    renewed: bool,
-}
-
 /// Bytes of one upload that the connection has taken, and why the local side stopped if it did.
 #[derive(Debug, Default)]
 struct Sent {
     bytes: AtomicU64,
     failure: Mutex<Option<String>>,
+}
+
+/// What one request carries.
+struct Content {
+    kind: HeaderValue,
+    size: u64,
+    body: Body,
 }
 
 impl Client {
@@ -69,19 +67,20 @@ impl Client {
         deadline: Deadline,
     ) -> Result<bool, RegistryError> {
         let call = head(repository, digest, Action::Pull);
-        self.retry(&call.what, Tries::UntilDeadline, deadline, || {
-            self.exists_once(&call)
+        self.retry(&call.what, Tries::UntilDeadline, deadline, || async {
+            self.taker(repository).await?.exists_once(&call).await
         })
         .await
     }
 
-    async fn exists_once(&self, call: &Call<'_>) -> Result<bool, RegistryError> {
-        let answer = self.origin.call_once(call).await?;
-        match answer.response.status().as_u16() {
-            200 => Ok(true),
-            404 => Ok(false),
-            _ => Err(self.origin.refusal(answer, call).await),
-        }
+    /// The server that takes uploads to a repository.
+    async fn taker(&self, repository: &Repository) -> Result<Arc<Peer>, RegistryError> {
+        let way = self.ways.to(repository).await?;
+        let able = way
+            .mirrors
+            .iter()
+            .find(|mirror| mirror.is_good_for(Need::Push));
+        Ok(Arc::clone(able.unwrap_or(&way.server)))
     }
 
     /// See [`super::Registry::push_blob`].
@@ -100,68 +99,36 @@ impl Client {
     {
         let call = head(repository, digest, Action::Push);
         let tries = AtomicU64::new(0);
-        self.retry(&call.what, Tries::AtMost(MOST_TRIES), deadline, || async {
+        self.retry(&call.what, TRIES, deadline, || async {
+            let peer = self.taker(repository).await?;
             // Also finds what an earlier try has brought there although its answer got lost.
-            if self.exists_once(&call).await? {
+            if peer.exists_once(&call).await? {
                 let first = tries.load(Ordering::Relaxed) == 0;
                 return Ok(if first { Pushed::Existed } else { Pushed::Sent });
             }
             tries.fetch_add(1, Ordering::Relaxed);
-            let mut uploader = self.uploader(repository, &call.what).await?;
+            let mut renewed = false;
             loop {
+                let url = peer.begin(&call, digest).await?;
                 progress(0);
                 let content = open()
                     .await
                     .map_err(|error| source(&call.what, &error.to_string()))?;
-                match self
-                    .upload(&uploader, &call, digest, size, content, progress.clone())
-                    .await
-                {
-                    Ok(()) => return Ok(Pushed::Sent),
-                    Err(error) => {
-                        uploader = self
-                            .after_refusal(uploader, repository, &call.what, error)
-                            .await?
+                let upload = peer.upload(&call, url, size, content, progress.clone());
+                let answer = upload.await?;
+                match answer.response.status().as_u16() {
+                    201 => return Ok(Pushed::Sent),
+                    // A success of another number than the specification's: what counts is what is there.
+                    200..=299 if peer.exists_once(&call).await? => return Ok(Pushed::Sent),
+                    401 if !renewed && !answer.foreign => {
+                        renewed = true;
+                        peer.renew(&call, answer).await?;
                     }
+                    _ => return Err(peer.refused(answer, &call).await),
                 }
             }
         })
         .await
-    }
-
-    /// One upload of a blob.
-    async fn upload<S: AsyncRead + Send + Unpin + 'static>(
-        &self,
-        uploader: &Uploader,
-        call: &Call<'_>,
-        digest: &Digest,
-        size: u64,
-        content: S,
-        progress: Arc<dyn Fn(u64) + Send + Sync>,
-    ) -> Result<(), RegistryError> {
-        let sent = Arc::new(Sent::default());
-        let stream = pieces(content, size, sent.clone(), progress);
-        let digest = digest.to_string();
-        let target = target(call.repository, "latest");
-        let stall_timeout = self.origin.transport.stall_timeout();
-        let result = tokio::select! {
-            result = uploader.client.push_blob_stream(&target, stream, &digest, Some(size)) => result,
-            () = stalled(&sent, size, stall_timeout) => {
-                return Err(RegistryError::Timeout { what: call.what.clone(), after: stall_timeout });
-            }
-        };
-        if let Some(reason) = lock(&sent.failure).take() {
-            return Err(source(&call.what, &reason));
-        }
-        match result {
-            Ok(_) => Ok(()),
-            // A success of another number than the specification's, or without Location: what counts is what is there.
-            Err(
-                OciDistributionError::RegistryNoLocationError
-                | OciDistributionError::SpecViolationError(_),
-            ) if self.exists_once(call).await? => Ok(()),
-            Err(error) => Err(refused(error, &call.what, call.repository)),
-        }
     }
 
     /// See [`super::Registry::push_manifest`].
@@ -185,181 +152,152 @@ impl Client {
         }
         let kind = HeaderValue::from_str(media_type)
             .map_err(|_| source(&what, "the media type cannot be in a header"))?;
-        let repository = reference.repository();
-        // oci-client cuts the tag off its own URL (0.18, client.rs:1868) and panics for a reference that has only a digest
-        // where a registry sends no Location: it is given the digest in the tag's place, which makes the same URL.
         let name = reference
             .tag()
             .map_or_else(|| digest.to_string(), |tag| tag.as_str().to_owned());
-        let target = target(repository, &name);
-        self.retry(&what, Tries::AtMost(MOST_TRIES), deadline, || async {
-            let mut uploader = self.uploader(repository, &what).await?;
+        let call = Call {
+            method: Method::PUT,
+            path: format!("manifests/{name}"),
+            what,
+            ..head(reference.repository(), &digest, Action::Push)
+        };
+        self.retry(&call.what, TRIES, deadline, || async {
+            let peer = self.taker(call.repository).await?;
+            let mut renewed = false;
             loop {
-                match uploader
-                    .client
-                    .push_manifest_raw(&target, bytes.clone(), kind.clone())
-                    .await
-                {
-                    Ok(_) => return Ok(digest),
-                    Err(error) => {
-                        let error = refused(error, &what, repository);
-                        uploader = self
-                            .after_refusal(uploader, repository, &what, error)
-                            .await?;
+                let content = Content {
+                    kind: kind.clone(),
+                    size: bytes.len() as u64,
+                    body: bytes.clone().into(),
+                };
+                let root = peer.root(call.repository).await?;
+                let url = peer.url(&root, &call)?;
+                let answer = peer.send_content(&call, url, content).await?;
+                match answer.response.status().as_u16() {
+                    200..=299 => return Ok(digest),
+                    401 if !renewed => {
+                        renewed = true;
+                        peer.renew(&call, answer).await?;
                     }
+                    _ => return Err(peer.refused(answer, &call).await),
                 }
             }
         })
         .await
     }
-
-    /// An uploader with what is known to open the repository for writing.
-    async fn uploader(
-        &self,
-        repository: &Repository,
-        what: &str,
-    ) -> Result<Uploader, RegistryError> {
-        let root = self.origin.root(repository).await?;
-        let known = self
-            .origin
-            .auth
-            .known(&self.origin.transport, writing(&root, repository))
-            .await?;
-        let client = self
-            .oci_client(&root, repository, known.grant.as_ref(), what)
-            .await?;
-        Ok(Uploader {
-            client,
-            root,
-            known,
-            renewed: false,
-        })
-    }
-
-    /// After a first 401 an uploader with a new grant, else the error again.
-    ///
-    /// What a registry lets everybody read may need a login to write. The challenge does not come through oci-client:
-    /// `/v2/` is asked for it, and where that is open too, Basic is what is left to try.
-    async fn after_refusal(
-        &self,
-        uploader: Uploader,
-        repository: &Repository,
-        what: &str,
-        error: RegistryError,
-    ) -> Result<Uploader, RegistryError> {
-        let Uploader {
-            root,
-            known,
-            renewed,
-            ..
-        } = uploader;
-        if renewed || !matches!(error, RegistryError::Denied { status: 401, .. }) {
-            return Err(error);
-        }
-        let challenge = self
-            .origin
-            .ping(&root, what)
-            .await?
-            .unwrap_or(Challenge::Basic);
-        let known = match self
-            .origin
-            .auth
-            .renew(
-                &self.origin.transport,
-                writing(&root, repository),
-                challenge,
-                &known,
-            )
-            .await
-        {
-            Ok(known) => known,
-            Err(RegistryError::Denied { .. }) => return Err(error),
-            Err(other) => return Err(other),
-        };
-        let client = self
-            .oci_client(&root, repository, known.grant.as_ref(), what)
-            .await?;
-        Ok(Uploader {
-            client,
-            root,
-            known,
-            renewed: true,
-        })
-    }
-
-    /// An oci-client that has this grant and asks for no other.
-    async fn oci_client(
-        &self,
-        root: &Url,
-        repository: &Repository,
-        grant: Option<&Grant>,
-        what: &str,
-    ) -> Result<oci_client::Client, RegistryError> {
-        let authorities = self
-            .origin
-            .transport
-            .authorities()
-            .iter()
-            .map(|der| Certificate {
-                encoding: CertificateEncoding::Der,
-                data: der.clone(),
-            });
-        // Naming a proxy that is not for this host is how oci-client is told to use none.
-        let no_proxy = is_loopback(host_of(repository.address()));
-        let config = ClientConfig {
-            protocol: if root.scheme() == "http" {
-                ClientProtocol::Http
-            } else {
-                ClientProtocol::Https
-            },
-            // One PUT per blob: chunked uploads are the exception that registries get wrong.
-            use_monolithic_push: true,
-            extra_root_certificates: authorities.collect(),
-            connect_timeout: Some(self.config.connect_timeout),
-            user_agent: super::transport::NAME,
-            http_proxy: no_proxy.then(|| "http://127.0.0.1".to_owned()),
-            no_proxy: no_proxy.then(|| "localhost,127.0.0.0/8,::1".to_owned()),
-            ..ClientConfig::default()
-        };
-        let client =
-            oci_client::Client::try_from(config).map_err(|error| RegistryError::Protocol {
-                what: what.to_owned(),
-                reason: format!("the upload client could not be set up: {error}"),
-            })?;
-        let Some(grant) = grant else {
-            return Ok(client);
-        };
-        // Both stores: the first says that there is a login, the second spares it from asking /v2/ how to use it.
-        let (auth, token) = match &grant.form {
-            GrantForm::Basic(username, password) => (
-                RegistryAuth::Basic(username.clone(), password.expose().to_owned()),
-                RegistryTokenType::Basic(username.clone(), password.expose().to_owned()),
-            ),
-            GrantForm::Bearer(token) => (
-                RegistryAuth::Bearer(token.expose().to_owned()),
-                RegistryTokenType::Bearer(RegistryToken::Token {
-                    token: token.expose().to_owned(),
-                }),
-            ),
-        };
-        let target = target(repository, "latest");
-        client
-            .store_auth_if_needed(target.resolve_registry(), &auth)
-            .await;
-        client
-            .tokens
-            .insert(&target, RegistryOperation::Push, token)
-            .await;
-        Ok(client)
-    }
 }
 
-fn writing<'a>(root: &'a Url, repository: &'a Repository) -> Place<'a> {
-    Place {
-        root,
-        name: repository.host(),
-        repository,
-        action: Action::Push,
+impl Peer {
+    async fn exists_once(&self, call: &Call<'_>) -> Result<bool, RegistryError> {
+        let answer = self.call_once(call).await?;
+        match answer.response.status().as_u16() {
+            200 => Ok(true),
+            404 => Ok(false),
+            _ => Err(self.refusal(answer, call).await),
+        }
+    }
+
+    /// Asks for an upload of a blob; gives where its bytes go.
+    async fn begin(&self, call: &Call<'_>, digest: &Digest) -> Result<Url, RegistryError> {
+        let begin = Call {
+            method: Method::POST,
+            path: "blobs/uploads/".to_owned(),
+            ..call.clone()
+        };
+        let answer = self.call_once(&begin).await?;
+        if !answer.response.status().is_success() {
+            return Err(self.refused(answer, call).await);
+        }
+        let location = answer.response.headers().get(LOCATION);
+        let location = location
+            .and_then(|location| location.to_str().ok())
+            .ok_or_else(|| protocol(&call.what, "the registry does not say where to upload to"))?;
+        let plain = self.transport.plain();
+        let mut url = plain
+            .follow(&answer.url, location)
+            .map_err(|reason| protocol(&call.what, &format!("where to upload to: {reason}")))?;
+        url.query_pairs_mut()
+            .append_pair("digest", &digest.to_string());
+        Ok(url)
+    }
+
+    /// One upload of a blob.
+    async fn upload<S: AsyncRead + Send + Unpin + 'static>(
+        &self,
+        call: &Call<'_>,
+        url: Url,
+        size: u64,
+        content: S,
+        progress: Arc<dyn Fn(u64) + Send + Sync>,
+    ) -> Result<Answer, RegistryError> {
+        let sent = Arc::new(Sent::default());
+        let content = Content {
+            kind: HeaderValue::from_static("application/octet-stream"),
+            size,
+            body: Body::wrap_stream(pieces(content, size, sent.clone(), progress)),
+        };
+        let stall_timeout = self.transport.stall_timeout();
+        let result = tokio::select! {
+            result = self.send_content(call, url, content) => result,
+            () = stalled(&sent, size, stall_timeout) => {
+                return Err(RegistryError::Timeout { what: call.what.clone(), after: stall_timeout });
+            }
+        };
+        if let Some(reason) = lock(&sent.failure).take() {
+            return Err(source(&call.what, &reason));
+        }
+        result
+    }
+
+    /// Sends content to an address of the registry or one that it told, which is another's perhaps.
+    async fn send_content(
+        &self,
+        call: &Call<'_>,
+        url: Url,
+        content: Content,
+    ) -> Result<Answer, RegistryError> {
+        let root = self.root(call.repository).await?;
+        let home = same_origin(&root, &url);
+        let name = self.name(call.repository);
+        let grant = match home {
+            true => {
+                let place = self.place(call, &root, &name);
+                self.auth.known(&self.transport, place).await?.grant
+            }
+            false => None,
+        };
+        let mut headers = match home {
+            true => self.headers.clone(),
+            false => HeaderMap::new(),
+        };
+        headers.insert(CONTENT_TYPE, content.kind);
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(content.size));
+        let ask = Ask {
+            authorization: grant.map(|grant| grant.header),
+            headers,
+            ..Ask::new(Method::PUT, url)
+        };
+        let mut answer = self
+            .transport
+            .upload(&ask, content.body, &call.what)
+            .await?;
+        answer.foreign = !home;
+        Ok(answer)
+    }
+
+    /// The error of an upload that was refused.
+    async fn refused(&self, answer: Answer, call: &Call<'_>) -> RegistryError {
+        match self.refusal(answer, call).await {
+            // What is missing is not what was to be pushed.
+            RegistryError::NotFound { what } => RegistryError::Status {
+                what,
+                status: 404,
+                reason: "there is no such repository or project; it may have to be created at the registry first"
+                    .to_owned(),
+                retry_after: None,
+            },
+            error => error,
+        }
     }
 }
 
@@ -376,14 +314,6 @@ fn head<'a>(repository: &'a Repository, digest: &Digest, action: Action) -> Call
     }
 }
 
-fn target(repository: &Repository, tag: &str) -> oci_client::Reference {
-    oci_client::Reference::with_tag(
-        repository.address().to_owned(),
-        repository.path().to_owned(),
-        tag.to_owned(),
-    )
-}
-
 fn source(what: &str, reason: &str) -> RegistryError {
     RegistryError::Source {
         what: what.to_owned(),
@@ -397,10 +327,10 @@ fn pieces<S: AsyncRead + Send + Unpin + 'static>(
     size: u64,
     sent: Arc<Sent>,
     progress: Arc<dyn Fn(u64) + Send + Sync>,
-) -> impl Stream<Item = Result<Bytes, OciDistributionError>> + Send + 'static {
+) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
     let stop = |sent: &Sent, reason: String| {
         *lock(&sent.failure) = Some(reason.clone());
-        OciDistributionError::IoError(io::Error::other(reason))
+        io::Error::other(reason)
     };
     futures_util::stream::try_unfold((content, 0u64), move |(mut content, at)| {
         let (sent, progress) = (sent.clone(), progress.clone());
@@ -444,46 +374,6 @@ async fn stalled(sent: &Sent, size: u64, stall_timeout: Duration) {
         }
         before = Some(now);
         tokio::time::sleep(stall_timeout).await;
-    }
-}
-
-/// oci-client's errors as ours.
-fn refused(error: OciDistributionError, what: &str, repository: &Repository) -> RegistryError {
-    match error {
-        // What is missing is not what was to be pushed.
-        OciDistributionError::ServerError {
-            code: 404, message, ..
-        } => RegistryError::Status {
-            what: what.to_owned(),
-            status: 404,
-            reason: format!(
-                "{}; the repository or its project may have to be created at the registry first",
-                super::error::explain(message.as_bytes())
-            ),
-            retry_after: None,
-        },
-        OciDistributionError::ServerError { code, message, .. } => {
-            RegistryError::from_status(what, repository.host(), code, None, message.as_bytes())
-        }
-        OciDistributionError::RequestError(error) => {
-            RegistryError::from_transport(what, repository.address(), error)
-        }
-        OciDistributionError::UnauthorizedError { .. }
-        | OciDistributionError::AuthenticationFailure(_) => {
-            RegistryError::from_status(what, repository.host(), 401, None, b"")
-        }
-        // Others may carry a URL with a signature in their text.
-        OciDistributionError::RegistryNoLocationError => {
-            protocol(what, "the registry does not say where to upload to")
-        }
-        OciDistributionError::UrlParseError(_) => {
-            protocol(what, "the registry names a malformed address to upload to")
-        }
-        OciDistributionError::SpecViolationError(text) => protocol(what, &text),
-        _ => protocol(
-            what,
-            "the registry's answer to the upload is not understood",
-        ),
     }
 }
 

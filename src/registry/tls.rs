@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::sync::{Arc, Once};
 
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _};
+use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use super::certs_d::Trust;
@@ -68,17 +70,28 @@ pub(super) fn client(
     proven(config, trust)
 }
 
-/// With the first of the client certificates, if there is one.
+/// With those of the client certificates that the server asks for.
 fn proven(
     builder: rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>,
     trust: &Trust,
 ) -> Result<ClientConfig, RegistryError> {
-    let Some((certificate, key)) = trust.client.first() else {
+    if trust.client.is_empty() {
         return Ok(builder.with_no_client_auth());
-    };
-    if trust.client.len() > 1 {
-        tracing::warn!(used = %certificate.display(), "of several client certificates for a host the first is used");
     }
+    let provider = install_provider();
+    let proofs = trust
+        .client
+        .iter()
+        .map(|(certificate, key)| proof(&provider, certificate, key));
+    let proofs = Proofs(proofs.collect::<Result<_, _>>()?);
+    Ok(builder.with_client_cert_resolver(Arc::new(proofs)))
+}
+
+fn proof(
+    provider: &CryptoProvider,
+    certificate: &Path,
+    key: &Path,
+) -> Result<Arc<CertifiedKey>, RegistryError> {
     let refuse = |path: &Path, reason: String| RegistryError::ClientCertificate {
         path: path.to_owned(),
         reason,
@@ -96,9 +109,70 @@ fn proven(
             "it has no PEM private key without a password".to_owned(),
         )
     })?;
-    builder
-        .with_client_auth_cert(chain, secret)
+    CertifiedKey::from_der(chain, secret, provider)
+        .map(Arc::new)
         .map_err(|error| refuse(key, error.to_string()))
+}
+
+/// Client certificates, the first of which that a server takes is shown to it, as Go's TLS and therefore containerd chooses: one whose chain
+/// was issued by an authority that the server names, if it names some, with a key that it can verify. Else none is shown.
+#[derive(Debug)]
+struct Proofs(Vec<Arc<CertifiedKey>>);
+
+impl ResolvesClientCert for Proofs {
+    fn resolve(
+        &self,
+        authorities: &[&[u8]],
+        schemes: &[SignatureScheme],
+    ) -> Option<Arc<CertifiedKey>> {
+        let is_named = |proof: &CertifiedKey| {
+            let mut issuers = proof.cert.iter().filter_map(|der| issuer(der));
+            authorities.is_empty() || issuers.any(|issuer| authorities.contains(&issuer))
+        };
+        let is_good = |proof: &&Arc<CertifiedKey>| {
+            proof.key.choose_scheme(schemes).is_some() && is_named(proof)
+        };
+        self.0.iter().find(is_good).cloned()
+    }
+
+    fn has_certs(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
+/// The name of who issued a certificate, DER (RFC 5280, section 4.1: version, serial number, signature algorithm, issuer).
+fn issuer(certificate: &[u8]) -> Option<&[u8]> {
+    const SEQUENCE: u8 = 0x30;
+    const VERSION: u8 = 0xa0;
+    let (_, certificate, _) = element(certificate)?;
+    let (_, mut rest, _) = element(certificate)?;
+    if rest.first() == Some(&VERSION) {
+        rest = element(rest)?.2;
+    }
+    let after_serial = element(rest)?.2;
+    let after_algorithm = element(after_serial)?.2;
+    let (tag, _, behind) = element(after_algorithm)?;
+    let whole = after_algorithm.len() - behind.len();
+    (tag == SEQUENCE).then(|| &after_algorithm[..whole])
+}
+
+/// The first element of these (X.690, section 8.1): its tag, its content, and what comes behind it.
+fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (&tag, rest) = bytes.split_first()?;
+    let (&first, rest) = rest.split_first()?;
+    let (len, rest) = match first {
+        0..=0x7f => (usize::from(first), rest),
+        0x81..=0x84 => {
+            let (digits, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
+            let len = digits
+                .iter()
+                .fold(0_usize, |len, digit| len << 8 | usize::from(*digit));
+            (len, rest)
+        }
+        _ => return None,
+    };
+    let (content, behind) = rest.split_at_checked(len)?;
+    Some((tag, content, behind))
 }
 
 /// Takes any certificate, for `skip_verify`. That the server has its key is still proved.
@@ -191,4 +265,54 @@ pub(super) fn client_hello() -> Vec<u8> {
         .write_tls(&mut hello)
         .expect("a Vec takes every write");
     hello
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::testing::{AUTHORITY, CERTIFICATE, KEY};
+
+    fn der(pem: &str) -> Vec<u8> {
+        CertificateDer::from_pem_slice(pem.as_bytes())
+            .unwrap()
+            .to_vec()
+    }
+
+    #[test]
+    fn the_issuer_of_a_certificate_is_found() {
+        let (authority, certificate) = (der(AUTHORITY), der(CERTIFICATE));
+        let name = issuer(&certificate).unwrap();
+        assert_eq!(Some(name), issuer(&authority), "which signed itself");
+        let text = b"ocifs test authority";
+        assert!(name.ends_with(text) && name[0] == 0x30);
+        for end in 0..certificate.len() {
+            // Cut off anywhere, it is no certificate, or one whose issuer is there.
+            let found = issuer(&certificate[..end]);
+            assert!(found.is_none_or(|found| found == name), "{end}");
+        }
+        assert_eq!(issuer(&[0x30, 0x85, 1, 1, 1, 1, 1]), None);
+        assert_eq!(issuer(&[0x30, 0x84, 255, 255, 255, 255, 1]), None);
+    }
+
+    #[test]
+    fn the_first_certificate_that_the_server_takes_is_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("a"), CERTIFICATE).unwrap();
+        std::fs::write(path("k"), KEY).unwrap();
+        let provider = install_provider();
+        let proof = || proof(&provider, &path("a"), &path("k")).unwrap();
+        let proofs = Proofs(vec![proof(), proof()]);
+        let certificate = der(CERTIFICATE);
+        let name = issuer(&certificate).unwrap();
+        let schemes = [SignatureScheme::ECDSA_NISTP256_SHA256];
+        let chosen = |names: &[&[u8]], schemes: &[SignatureScheme]| {
+            let found = proofs.resolve(names, schemes)?;
+            proofs.0.iter().position(|proof| Arc::ptr_eq(proof, &found))
+        };
+        assert_eq!(chosen(&[], &schemes), Some(0));
+        assert_eq!(chosen(&[b"other", name], &schemes), Some(0));
+        assert_eq!(chosen(&[b"other"], &schemes), None);
+        assert_eq!(chosen(&[], &[SignatureScheme::ED25519]), None);
+    }
 }

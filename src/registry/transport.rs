@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::{Bytes, BytesMut};
 use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::header::{
-    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION, RANGE,
-    RETRY_AFTER,
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue,
+    LOCATION, RANGE, RETRY_AFTER,
 };
 use reqwest::{Method, Response, Url};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -104,8 +104,6 @@ pub(super) struct Transport {
     /// What loopback servers speak; forgotten when a request to them fails.
     near_speak: Mutex<HashMap<String, Speaks>>,
     hello: Vec<u8>,
-    /// Certificates of the CA files, DER.
-    authorities: Vec<Vec<u8>>,
     stall_timeout: Duration,
 }
 
@@ -158,7 +156,6 @@ impl Transport {
             plain: PlainHosts::new(&config.plain_http),
             near_speak: Mutex::default(),
             hello: tls::client_hello(),
-            authorities,
             stall_timeout: config.stall_timeout,
         })
     }
@@ -166,11 +163,6 @@ impl Transport {
     /// How long a server may send nothing.
     pub(super) fn stall_timeout(&self) -> Duration {
         self.stall_timeout
-    }
-
-    /// The certificates of further authorities, DER.
-    pub(super) fn authorities(&self) -> &[Vec<u8>] {
-        &self.authorities
     }
 
     /// What is known about the host at `host[:port]`.
@@ -424,9 +416,66 @@ impl Transport {
             request = request
                 .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
                 .body(form.expose().to_owned());
+        } else if ask.method == Method::POST {
+            // Some servers want to be told that there is nothing.
+            request = request.header(CONTENT_LENGTH, 0);
         }
         let sent = request.send().await;
         sent.map_err(|error| RegistryError::from_transport(what, &address_of(url), error))
+    }
+
+    /// Sends content to one address. Nobody is followed elsewhere with it, and how long it may take is the caller's to say.
+    pub(super) async fn upload(
+        &self,
+        ask: &Ask,
+        content: reqwest::Body,
+        what: &str,
+    ) -> Result<Answer, RegistryError> {
+        let near = ask.url.host_str().is_some_and(is_loopback);
+        let address = address_of(&ask.url);
+        let host = self.hosts.get(&address);
+        if let Some(left) = host.pause() {
+            return Err(RegistryError::RateLimited {
+                what: what.to_owned(),
+                reason: format!("{address} asked for a pause"),
+                retry_after: Some(left),
+            });
+        }
+        let client = if near {
+            &self.near_client
+        } else {
+            &self.far_client
+        };
+        let mut request = client
+            .request(ask.method.clone(), ask.url.clone())
+            .headers(ask.headers.clone())
+            .body(content);
+        if let Some(authorization) = &ask.authorization {
+            request = request.header(AUTHORIZATION, authorization);
+        }
+        let begun = Instant::now();
+        match request.send().await {
+            Ok(response) => {
+                if matches!(response.status().as_u16(), 429 | 503)
+                    && let Some(pause) = asked_pause(&response)
+                {
+                    host.refused(Some(pause));
+                }
+                Ok(Answer {
+                    response,
+                    url: ask.url.clone(),
+                    head: begun.elapsed(),
+                    redirected: false,
+                    foreign: false,
+                })
+            }
+            Err(error) => {
+                if near {
+                    self.near().remove(&address);
+                }
+                Err(RegistryError::from_transport(what, &address, error))
+            }
+        }
     }
 
     /// A body of at most `limit` bytes; what Content-Length says is only a hint.

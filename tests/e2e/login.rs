@@ -230,13 +230,13 @@ fn a_login_that_another_file_hides_is_told() {
         command.arg(registry.ca().unwrap()).arg(registry.host());
         command
             .env("XDG_RUNTIME_DIR", podman.path())
-            .env("DOCKER_CONFIG", docker.path());
+            .env("HOME", docker.path());
         let output = run_with_input(&mut command, PASSWORD.as_bytes(), PATIENCE);
         assert!(output.status.success(), "{output}");
         output.stderr
     };
     assert!(!login().contains("warning"));
-    assert!(docker.path().join("config.json").exists());
+    assert!(docker.path().join(".docker/config.json").exists());
     let other = json!({"auths": {registry.host(): {"auth": "Ym9iOm90aGVy"}}});
     fs::write(
         podman.path().join("containers/auth.json"),
@@ -245,6 +245,19 @@ fn a_login_that_another_file_hides_is_told() {
     .unwrap();
     let said = login();
     assert!(said.contains("another login"), "{said}");
+    // A directory that is named is meant alone, by docker and by podman.
+    let mut command = ocifs(["ls", "--ca-file"]);
+    command
+        .arg(registry.ca().unwrap())
+        .arg(format!("{}/org/m:v1", registry.host()));
+    command
+        .env("XDG_RUNTIME_DIR", podman.path())
+        .env("DOCKER_CONFIG", docker.path().join(".docker"));
+    let output = run_command(&mut command, PATIENCE);
+    assert!(
+        !output.stderr.contains("denied"),
+        "the login is right, the model is not there: {output}"
+    );
 }
 
 #[test]

@@ -131,7 +131,7 @@ fn a_mirror_that_dies_in_the_middle_of_a_file_is_not_noticed() {
 }
 
 #[test]
-fn client_certificates_are_shown_to_the_server_that_they_are_for() {
+fn client_certificates_are_shown_to_the_server_that_asks_for_them() {
     let model = SampleModel::new(322);
     let registry = Registry::start_with(Access::Htpasswd, |dir| {
         let tls = json!({"certificate": dir.join("server.crt"), "key": dir.join("server.key"), "clientcas": [dir.join("ca.crt")]});
@@ -176,12 +176,28 @@ fn client_certificates_are_shown_to_the_server_that_they_are_for() {
         text(&certificate),
         text(&key)
     );
+    // Of another authority: a server that names its own is not shown it.
+    let others = scratch("others");
+    let (other, other_key) = (others.path().join("cert"), others.path().join("key"));
+    #[rustfmt::skip]
+    run("openssl", [
+        "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=somebody",
+        "-keyout", &text(&other_key), "-out", &text(&other),
+    ]).ok();
+    let several = format!(
+        "client = [[\"{}\", \"{}\"], [\"{}\", \"{}\"]]",
+        text(&other),
+        text(&other_key),
+        text(&certificate),
+        text(&key)
+    );
     let dir = scratch("hosts");
     for (good, toml) in [
         (false, format!("ca = \"{ca}\"")),
         (false, pair.clone()),
         (true, format!("ca = \"{ca}\"\n{pair}")),
         (true, format!("skip_verify = true\n{pair}")),
+        (true, format!("ca = \"{ca}\"\n{several}")),
         // As a mirror of itself.
         (
             true,
@@ -192,6 +208,45 @@ fn client_certificates_are_shown_to_the_server_that_they_are_for() {
         let output = pull(dir.path());
         assert_eq!(output.status.success(), good, "{toml}: {output}");
     }
+    // An upload shows it too, to the registry and to a host that stands in for it.
+    let both = scratch("auth");
+    let auth = fs::read(registry.auth_file()).unwrap();
+    let auth: serde_json::Value = serde_json::from_slice(&auth).unwrap();
+    let login = &auth["auths"][&host];
+    let elsewhere = host.replace("localhost", "127.0.0.1");
+    assert_ne!(host, elsewhere);
+    let names = [&host, &elsewhere];
+    let auths: serde_json::Map<_, _> = names
+        .into_iter()
+        .map(|name| (name.clone(), login.clone()))
+        .collect();
+    fs::write(
+        both.path().join("auth.json"),
+        json!({"auths": auths}).to_string(),
+    )
+    .unwrap();
+    let push = |toml: &str, tag: &str| {
+        hosts(dir.path(), &host, toml);
+        let mut command = ocifs(["push"]);
+        command
+            .args(flags(dir.path()))
+            .arg("--auth-file")
+            .arg(both.path());
+        command
+            .arg(model.path())
+            .arg(format!("{host}/org/pushed:{tag}"));
+        run_command(&mut command, PATIENCE)
+    };
+    push(&format!("ca = \"{ca}\""), "none").failed();
+    push(&format!("ca = \"{ca}\"\n{several}"), "own").ok();
+    push(
+        &format!(
+            "[host.\"https://{elsewhere}\"]\ncapabilities = [\"push\"]\nca = \"{ca}\"\n{pair}"
+        ),
+        "elsewhere",
+    )
+    .ok();
+
     // docker's way: certificates in the registry's directory.
     let dir = scratch("certs.d");
     let place = dir.path().join(&host);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 
@@ -10,10 +11,10 @@ use crate::support::content::{digest, digest_file};
 use crate::support::model::{Files, SampleModel, assert_same_files, read_tree};
 use crate::support::mount::{Mount, ocifs};
 use crate::support::process::{Output, run, run_command};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Fault, Proxy, Record};
 use crate::support::python::module;
 use crate::support::registry::{Access, Registry};
-use crate::support::{PATIENCE, scratch};
+use crate::support::{PATIENCE, eventually, scratch};
 
 /// Runs `ocifs push` with what the registry needs.
 fn push(registry: &Registry, model: &Path, reference: &str, flags: &[&str]) -> Output {
@@ -278,7 +279,7 @@ fn a_second_push_sends_no_blob_again() {
         let records = proxy.records();
         records
             .iter()
-            .filter(|record| ["POST", "PATCH"].contains(&record.method.as_str()))
+            .filter(|record| ["POST", "PUT", "PATCH"].contains(&record.method.as_str()))
             .count()
     };
     assert!(
@@ -295,9 +296,61 @@ fn a_second_push_sends_no_blob_again() {
     )
     .ok();
     proxy.settle();
-    assert_eq!(uploads(&proxy), 0, "{:?}", proxy.records());
+    assert_eq!(uploads(&proxy), 1, "the manifest: {:?}", proxy.records());
     let received: u64 = proxy.records().iter().map(|record| record.received).sum();
     assert!(received < 16 << 10, "{received} bytes for a manifest");
+    assert_mounted(&registry, model.files());
+}
+
+#[test]
+fn a_push_that_was_killed_goes_on_with_what_is_missing() {
+    const ARRIVED: usize = 4;
+    let model = SampleModel::new(49);
+    let registry = Registry::open();
+    let proxy = Proxy::start(registry.address());
+    let reference = format!("{}/org/m:v1", proxy.host());
+    // docker-registry's upload addresses carry their state: some arrive, the rest hangs.
+    proxy.after("_state=", ARRIVED, usize::MAX, Fault::Delay(PATIENCE));
+    let mut command = ocifs(["push"]);
+    command
+        .args(registry.ocifs_args())
+        .arg(model.path())
+        .arg(&reference);
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let arrived = || {
+        let records = proxy.records();
+        let put = |record: &&Record| record.method == "PUT" && record.status == 201;
+        records.iter().filter(put).count()
+    };
+    eventually(PATIENCE, "some blobs", || {
+        (arrived() == ARRIVED).then_some(())
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Another way to the same registry: on the first one there is somebody still who waits.
+    let proxy = Proxy::start(registry.address());
+    let reference = format!("{}/org/m:v1", proxy.host());
+    let done = push(&registry, model.path(), &reference, &["--json"]).ok();
+    proxy.settle();
+    let done: Value = serde_json::from_str(&done).unwrap();
+    let (sent, existed) = (
+        done["sent"].as_u64().unwrap(),
+        done["existed"].as_u64().unwrap(),
+    );
+    assert!(existed > 0 && sent > 0, "{done}");
+    assert_eq!(sent + existed, done["size"].as_u64().unwrap());
+    let puts: Vec<Record> = proxy
+        .records()
+        .into_iter()
+        .filter(|record| record.method == "PUT" && record.path.contains("/blobs/"))
+        .collect();
+    let blobs = 1 + done["layers"].as_u64().unwrap() as usize;
+    assert!(puts.len() <= blobs - ARRIVED, "{} of {blobs}", puts.len());
+    assert_eq!(puts.iter().map(|put| put.received).sum::<u64>(), sent);
     assert_mounted(&registry, model.files());
 }
 

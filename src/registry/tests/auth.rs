@@ -5,8 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::base::Digest;
-use crate::registry::RegistryError;
-use crate::registry::testing::{Reply, Request, Server, registry, registry_with, reply, soon};
+use crate::registry::testing::{
+    Reply, Request, Server, config, registry, registry_with, reply, soon,
+};
+use crate::registry::{RegistryConfig, RegistryError};
 
 fn found() -> Reply {
     reply(200, "").header("Docker-Content-Digest", Digest::of(b"x"))
@@ -95,10 +97,11 @@ async fn a_login_goes_to_the_token_server_and_the_token_to_the_registry() {
             })
     );
     // Another login in the file counts from the next token on.
-    let (registry, _) = (
-        crate::registry::Registry::new(registry.client.config.clone()).unwrap(),
-        registry,
-    );
+    let registry = crate::registry::Registry::new(RegistryConfig {
+        auth_files: Some(vec![dir.path().join("config.json")]),
+        ..config()
+    })
+    .unwrap();
     std::fs::write(
         dir.path().join("config.json"),
         format!(r#"{{"auths":{{"{}":{{"auth":"YTpi"}}}}}}"#, server.address),

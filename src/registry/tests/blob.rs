@@ -281,14 +281,14 @@ async fn a_kept_address_that_expired_is_looked_up_once_more() {
     let expired = format!("http://{}/blob?signature=expired", store.address)
         .parse()
         .unwrap();
-    registry.client.origin.kept.keep(key.clone(), expired);
+    registry.client.ways.plain().kept.keep(key.clone(), expired);
     assert!(range(&registry, &server).await.1.is_none());
     assert_eq!((server.seen().len(), store.seen().len()), (2, 3));
     // When the new address is refused as well, that is the answer.
     let expired = format!("http://{}/blob?signature=expired", store.address)
         .parse()
         .unwrap();
-    registry.client.origin.kept.keep(key, expired);
+    registry.client.ways.plain().kept.keep(key, expired);
     let error = read(&registry, &server).await.unwrap_err();
     assert!(
         matches!(error, RegistryError::Denied { status: 403, .. }),

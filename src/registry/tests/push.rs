@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use crate::base::Digest;
 use crate::registry::testing::{
-    Reply, Request, Server, content, registry, registry_with, reply, soon,
+    Reply, Request, Server, config, content, registry, registry_with, reply, soon,
 };
-use crate::registry::{Pushed, Reference, Registry, RegistryError};
+use crate::registry::{Pushed, Reference, Registry, RegistryConfig, RegistryError};
 
 const SIZE: usize = 3_000_000;
 
@@ -247,4 +247,106 @@ async fn manifests_go_up_by_tag_and_by_digest() {
         matches!(error, RegistryError::WrongDigest { .. }),
         "{error:?}"
     );
+}
+
+/// A client with this `hosts.toml` for the registry at `address`.
+fn by_hosts(address: &str, hosts: &str) -> (Registry, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join(address);
+    std::fs::create_dir_all(&place).unwrap();
+    std::fs::write(place.join("hosts.toml"), hosts).unwrap();
+    let config = RegistryConfig {
+        hosts_dir: Some(dir.path().to_owned()),
+        ..config()
+    };
+    (Registry::new(config).unwrap(), dir)
+}
+
+#[tokio::test]
+async fn uploads_go_to_the_first_host_that_takes_them_with_what_is_meant_for_it() {
+    let (registry_itself, cache, store) = (keeper(|_| None), keeper(|_| None), keeper(|_| None));
+    let (own, of_cache, of_store) = (&registry_itself, &cache.address, &store.address);
+    let pulls = format!("[host.\"http://{of_cache}\"]\ncapabilities = [\"pull\", \"resolve\"]\n");
+    let takes = format!(
+        "[host.\"http://{of_store}\"]\ncapabilities = [\"push\"]\n[host.\"http://{of_store}\".header]\nx-site = \"a\"\n"
+    );
+    for (hosts, taker) in [
+        (format!("{pulls}{takes}"), &store),
+        (format!("[header]\nx-site = \"a\"\n{pulls}"), own),
+    ] {
+        let (registry, _dir) = by_hosts(&own.address, &hosts);
+        let before = [own, &cache, &store].map(|server| server.seen().len());
+        assert_eq!(
+            push(&registry, own, Arc::default()).await.unwrap(),
+            Pushed::Sent
+        );
+        let manifest = bytes::Bytes::from_static(b"{}");
+        let reference = own.reference("v1");
+        registry
+            .push_manifest(&reference, "application/json", manifest, soon())
+            .await
+            .unwrap();
+        for (server, before) in [own, &cache, &store].into_iter().zip(before) {
+            let seen = server.seen().split_off(before);
+            let methods: Vec<&str> = seen.iter().map(|request| request.method.as_str()).collect();
+            if std::ptr::eq(server, taker) {
+                assert_eq!(methods, ["HEAD", "POST", "PUT", "PUT"]);
+                assert!(seen.iter().all(|request| request.header("x-site") == "a"));
+            } else {
+                assert!(methods.is_empty(), "{methods:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upload_elsewhere_carries_no_credentials_and_no_headers() {
+    let elsewhere = keeper(|_| None);
+    let address = elsewhere.address.clone();
+    let server = keeper(move |request| {
+        (request.method == "POST").then(|| {
+            reply(202, "").header("Location", format!("http://{address}/upload/9?signature=x"))
+        })
+    });
+    let hosts = "[header]\nx-site = \"a\"\nauthorization = \"Basic YTpi\"\n";
+    let (registry, _dir) = by_hosts(&server.address, hosts);
+    assert_eq!(
+        push(&registry, &server, Arc::default()).await.unwrap(),
+        Pushed::Sent
+    );
+    let seen = elsewhere.seen();
+    assert_eq!(seen.len(), 1);
+    assert!(
+        seen[0]
+            .target
+            .starts_with("/upload/9?signature=x&digest=sha256%3A")
+    );
+    for name in ["x-site", "authorization"] {
+        assert_eq!(seen[0].header(name), "");
+        assert_ne!(server.seen()[0].header(name), "");
+    }
+    let length = seen[0].header("content-length").to_owned();
+    assert_eq!(length, SIZE.to_string(), "some stores take nothing else");
+}
+
+#[tokio::test]
+async fn a_token_that_ends_during_an_upload_is_renewed() {
+    let tokens = AtomicUsize::new(0);
+    let puts = AtomicUsize::new(0);
+    let server = keeper(move |request| {
+        if request.target.starts_with("/token") {
+            let n = tokens.fetch_add(1, Ordering::Relaxed);
+            return Some(reply(200, format!(r#"{{"token":"t{n}"}}"#)));
+        }
+        let over = request.method == "PUT" && puts.fetch_add(1, Ordering::Relaxed) == 0;
+        let realm = format!("http://{}/token", request.header("host"));
+        (over || request.header("authorization").is_empty()).then(|| {
+            reply(401, "").header("WWW-Authenticate", format!(r#"Bearer realm="{realm}""#))
+        })
+    });
+    assert_eq!(
+        push(&registry(), &server, Arc::default()).await.unwrap(),
+        Pushed::Sent
+    );
+    assert_eq!(server.count("/token"), 2);
 }
