@@ -13,7 +13,7 @@ use crate::base::Digest;
 use super::ModelError;
 use super::bases::Base;
 use super::contents::list_tars;
-use super::convention;
+use super::convention::{self, Composed};
 use super::created::created;
 use super::fetch::{BlobId, Fetch, whole};
 use super::layout::{Placed, Source};
@@ -25,6 +25,8 @@ use crate::registry::Reference;
 
 /// Largest config that is read.
 const LARGEST_CONFIG: u64 = 16 << 20;
+/// Most bytes of layers that a file is made of.
+const LARGEST_TEXTS: u64 = 1 << 20;
 /// Requests for metadata of one model at a time.
 const AT_ONCE: usize = 16;
 
@@ -155,6 +157,7 @@ pub(super) async fn build<F: Fetch>(
 
     let created = created(&manifest, config.as_deref().unwrap_or_default());
     let mut names = None;
+    let mut composed = None;
     if let Some(extras) = convention.extras {
         let extras = extras(&manifest, config.as_deref().unwrap_or_default());
         if part == Part::All {
@@ -164,6 +167,18 @@ pub(super) async fn build<F: Fetch>(
         }
         layout.notes.extend(extras.notes);
         names = extras.base;
+        composed = extras.composed;
+    }
+    if let Some(composed) = composed
+        && layout.taken(composed.name).is_none()
+    {
+        let known = config.as_deref().unwrap_or_default();
+        match compose(fetch, &manifest, known, &composed).await? {
+            Ok(text) => layout.add_made(composed.name, text.into()),
+            Err(why) => layout
+                .notes
+                .add(format!("there is no {}: {why}", composed.name)),
+        }
     }
     let mut oci = vec![made(
         "manifest.json",
@@ -398,6 +413,29 @@ async fn config<F: Fetch>(
             "the registry does not have the config {}",
             config.digest
         ))),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a file of what layers say, whole and verified. That they are not here and cannot be asked for takes the file alone.
+async fn compose<F: Fetch>(
+    fetch: &F,
+    manifest: &Manifest,
+    config: &[u8],
+    composed: &Composed,
+) -> Result<Result<String, String>, ModelError> {
+    let layers = composed.layers.iter();
+    let size: u64 = layers.clone().map(|n| manifest.layers[*n].size).sum();
+    if size > LARGEST_TEXTS {
+        let why = format!("its texts have {size} bytes (limit {LARGEST_TEXTS})");
+        return Ok(Err(why));
+    }
+    let texts = layers.map(async |n| whole(fetch, manifest.blob(*n)).await);
+    match gather(texts.collect()).await {
+        Ok(texts) => Ok((composed.make)(manifest, config, &texts)),
+        Err(error) if error.lacks_blob() || matches!(error, ModelError::Offline { .. }) => {
+            Ok(Err("one of its texts cannot be had".to_owned()))
+        }
         Err(error) => Err(error),
     }
 }

@@ -13,6 +13,7 @@ mod docker_v01;
 mod generic;
 mod image;
 mod kitops;
+mod modelfile;
 mod modelpack;
 mod ollama;
 
@@ -49,9 +50,25 @@ pub(super) struct Extras {
     pub(super) files: Vec<(&'static str, Bytes)>,
     /// The artifact whose model is shown as this one's own.
     pub(super) base: Option<Reference>,
+    /// A file that is made of the texts of layers.
+    pub(super) composed: Option<Composed>,
     /// What is worth saying.
     pub(super) notes: Vec<String>,
 }
+
+/// A file of the top folder that is made of what some layers say.
+#[derive(Debug)]
+pub(super) struct Composed {
+    /// Its name.
+    pub(super) name: &'static str,
+    /// The layers, by their index in the manifest.
+    pub(super) layers: Vec<usize>,
+    /// Makes it.
+    pub(super) make: Compose,
+}
+
+/// Makes a text of the manifest, the config, and what some layers hold; else says why not.
+type Compose = fn(&Manifest, &[u8], &[Bytes]) -> Result<String, String>;
 
 /// What to do with one layer.
 #[derive(Clone, Debug, PartialEq, Eq)]

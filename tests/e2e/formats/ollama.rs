@@ -35,6 +35,17 @@ fn model() -> Artifact {
     .layer(layer("license", "and more"))
 }
 
+/// What `ollama show --modelfile` says of such a model, with the files beside it in place of its store's (ollama `docs/modelfile.md`).
+const MODELFILE: &str = "FROM ./model.gguf
+FROM ./mmproj.gguf
+ADAPTER ./adapter.gguf
+TEMPLATE {{ .Prompt }}
+SYSTEM You are kind.
+PARAMETER stop <|eot|>
+LICENSE MIT
+LICENSE and more
+";
+
 fn wanted() -> Files {
     [
         ("model.gguf", gguf(1)),
@@ -46,6 +57,7 @@ fn wanted() -> Files {
         ("messages", b"[]".to_vec()),
         ("LICENSE", b"MIT".to_vec()),
         ("LICENSE-2", b"and more".to_vec()),
+        ("Modelfile", MODELFILE.into()),
     ]
     .into_iter()
     .map(|(name, bytes)| (name.to_owned(), bytes))
@@ -58,6 +70,22 @@ fn layers_have_names_that_llama_cpp_and_ollamas_users_know() {
     let shown = site.show(&model());
     assert_same_files(&site.mount.files(&shown), &wanted());
     assert!(site.inspect(&shown).contains("Ollama model"));
+}
+
+#[test]
+fn what_a_modelfile_cannot_say_is_not_said_wrong() {
+    let site = Site::new();
+    let model = Artifact::new(
+        "application/vnd.docker.container.image.v1+json",
+        &json!({"model_format": "gguf"}),
+    )
+    .layer(layer("model", gguf(1)))
+    .layer(layer("template", "one \"\"\"\ntwo"));
+    let shown = site.show(&model);
+    let names: Vec<String> = site.mount.files(&shown).into_keys().collect();
+    assert_eq!(names, ["model.gguf", "template"]);
+    let said = site.inspect(&shown);
+    assert!(said.contains("there is no Modelfile"), "{said}");
 }
 
 #[test]
