@@ -201,7 +201,22 @@ fn links_whiteouts_and_hard_links_are_laid_over_each_other() {
         ),
     ]);
     let steps = [tar(0, Clash::Overlay), tar(1, Clash::Overlay)];
-    let layout = lay_out(&manifest(2), &steps, &tars, None);
+    // The order within a layer says nothing: a whiteout is about the layers below, and a folder's entry may follow its files.
+    let mut reversed = tars.clone();
+    for listing in reversed.values_mut().flatten() {
+        listing.members.reverse();
+    }
+    let layout = lay_out(&manifest(2), &steps, &reversed, None);
+    let forward = lay_out(&manifest(2), &steps, &tars, None);
+    let paths = |layout: &Layout| {
+        layout
+            .paths()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(paths(&layout), paths(&forward));
+    let layout = forward;
     let shown: Vec<(&str, Option<&str>)> = layout
         .files
         .iter()

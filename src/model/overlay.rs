@@ -26,10 +26,15 @@ impl Layout {
                 self.remove_below(&path);
                 self.directories.remove(&path);
             }
+            // Whoever unpacks layers into directories of their own sees a folder where the layer below has a file.
+            Some(Taken::FileAbove(above)) if !self.is_link(&above) => {
+                self.files.remove(&above);
+            }
             Some(Taken::FileAbove(above)) => {
                 let (path, above) = (quote(&path), quote(&above));
-                self.notes
-                    .add(format!("{by}: left out {path}: {above} is a file"));
+                self.notes.add(format!(
+                    "{by}: left out {path}: {above} is a link that leads nowhere"
+                ));
                 return;
             }
             Some(Taken::File) | None => {}
@@ -98,6 +103,10 @@ impl Layout {
         for path in below {
             self.directories.remove(&path);
         }
+    }
+
+    fn is_link(&self, path: &str) -> bool {
+        matches!(self.there(path), There::Link(_))
     }
 
     fn there(&self, path: &str) -> There<'_> {

@@ -293,6 +293,12 @@ fn blobs_in_s3_come_from_there() {
         proxy.sent("/blobs/") < MIB,
         "the bytes do not come through the registry"
     );
+    // An address is signed for the method that it was asked with: what a HEAD is told is of no use for a GET.
+    let records = proxy.records();
+    let mut of_blobs = records
+        .iter()
+        .filter(|record| record.path.contains("/blobs/"));
+    assert!(of_blobs.all(|record| record.method == "GET"), "{records:?}");
 }
 
 /// A registry of its own kind: everything in chunks and without lengths, no digests in headers, no Accept-Ranges, HEAD unknown, open ranges

@@ -5,6 +5,8 @@ use std::process::Command;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer};
+use crate::support::content::Content;
 use crate::support::forward::{Forward, on_ipv6};
 use crate::support::model::{SampleModel, assert_same_files};
 use crate::support::mount::{Mount, ocifs};
@@ -117,6 +119,46 @@ fn tls_goes_through_a_tunnel_and_plain_http_by_absolute_targets() {
         asked.iter().all(|line| line == "CONNECT plain.test:5000"),
         "{asked:?}: {error}"
     );
+}
+
+/// Large files come in parts, each through a tunnel of its own over HTTP/1.1, or all through one where HTTP/2 is asked for.
+#[test]
+fn parts_of_large_files_go_through_tunnels_of_their_own() {
+    const SIZE: usize = 64 << 20;
+    let registry = Registry::start(Access::Htpasswd);
+    let weights = Content::new(345);
+    Artifact::docker_v02()
+        .layer(Layer::bytes(DOCKER_SAFETENSORS, weights.bytes(0, SIZE)).at("model.safetensors"))
+        .publish(&registry, "org/m:v1");
+    let proxy = Forward::start(&[("registry.test:443", registry.address())], None);
+    let auth = scratch("auth");
+    let file = auth.path().join("auth.json");
+    let text = std::fs::read_to_string(registry.auth_file()).unwrap();
+    std::fs::write(&file, text.replace(&registry.host(), "registry.test")).unwrap();
+    let mut tunnels = Vec::new();
+    for http in ["auto", "2"] {
+        let mut flags = registry.ocifs_args();
+        flags[3] = file.to_str().unwrap().to_owned();
+        flags.extend(["-o".to_owned(), format!("http={http}")]);
+        let before = proxy.asked().len();
+        let cache = scratch("cache");
+        let mount = Mount::start_as(cache.path(), &flags, |command| {
+            command.env("HTTPS_PROXY", proxy.url());
+        });
+        let below = "registry.test/org/m:v1/model.safetensors";
+        assert!(mount.read(below) == weights.bytes(0, SIZE), "{http}");
+        assert_eq!(
+            mount.xattr(below, "user.ocifs.verified").as_deref(),
+            Some("true")
+        );
+        mount.unmount();
+        let asked = proxy.asked().split_off(before);
+        let tunnel = "CONNECT registry.test:443";
+        assert!(asked.iter().all(|line| line == tunnel), "{asked:?}");
+        tunnels.push(asked.len());
+    }
+    assert!(tunnels[0] >= 3 && tunnels[0] <= 40, "{tunnels:?}");
+    assert!(tunnels[1] < tunnels[0], "{tunnels:?}");
 }
 
 #[test]

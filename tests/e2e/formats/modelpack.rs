@@ -11,7 +11,10 @@ use super::{Site, archive};
 use crate::support::artifact::{Artifact, FILEPATH, Layer};
 use crate::support::content::{Content, digest};
 use crate::support::model::{Files, SampleModel, assert_same_files, read_tree};
+use crate::support::mount::Mount;
+use crate::support::proxy::Proxy;
 use crate::support::python::module;
+use crate::support::registry::Registry;
 use crate::support::scratch;
 
 /// A directory with one folder for each kind of layer, and the push of it in this encoding.
@@ -162,6 +165,48 @@ fn paths_that_lead_out_are_refused_and_their_layers_still_there() {
         said.contains("it is absolute") && said.contains("leads out"),
         "{said}"
     );
+}
+
+/// The headers of a tar are a few small ranges. A daemon that is started again has them still.
+#[test]
+fn what_a_tar_holds_is_asked_for_once() {
+    let registry = Registry::open();
+    let source = scratch("tar");
+    for n in 0..6 {
+        let path = source.path().join(format!("part-{n}.bin"));
+        Content::new(n).write(&path, 3_000_000);
+    }
+    let tar = archive(source.path(), &["."], None);
+    let size = tar.len() as u64;
+    let layer = Layer::bytes("application/vnd.cncf.model.weight.v1.tar", tar);
+    let published = Artifact::modelpack("cncf")
+        .layer(layer)
+        .publish(&registry, "org/m:v1");
+    let proxy = Proxy::start(registry.address());
+    let shown = format!("{}/org/m:v1", proxy.host());
+    let cache = scratch("cache");
+    let names: Vec<String> = [".oci".to_owned()]
+        .into_iter()
+        .chain((0..6).map(|n| format!("part-{n}.bin")))
+        .collect();
+    let blob = format!("/blobs/{}", published.layers[0]);
+    let mount = || Mount::start(cache.path(), ["--prefetch", "none"]);
+    let first = mount();
+    assert_eq!(first.list(&shown), names);
+    let (asked, sent) = (proxy.count(&blob), proxy.sent(&blob));
+    assert!((1..=7).contains(&asked), "{:?}", proxy.records());
+    assert!(sent < size / 10, "{sent} of {size}");
+    first.unmount();
+    proxy.reset();
+    let second = mount();
+    assert_eq!(second.list(&shown), names);
+    assert_eq!(proxy.count(&blob), 0, "{:?}", proxy.records());
+    assert_eq!(
+        second.read(&format!("{shown}/part-3.bin")),
+        Content::new(3).bytes(0, 3_000_000)
+    );
+    let sent = proxy.sent(&blob);
+    assert!((2_700_000..3_600_000).contains(&sent), "{sent} for 3000000");
 }
 
 #[test]
