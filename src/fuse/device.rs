@@ -35,6 +35,10 @@ impl Device {
         Self(device.into())
     }
 
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     /// Waits for a request and puts it into `buffer`, of [`READ_BUFFER`] bytes; its length, or `None` when the mount is gone.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
@@ -134,10 +138,23 @@ impl Notifier {
         self.0.tell(notify::INVAL_INODE, wire.as_slice())
     }
 
-    /// Has the kernel send all requests once more that were read and not answered: for a process that takes a session over. Those
-    /// come with the highest bit of [`super::Header::unique`] set.
+    /// Has the kernel send all requests once more that were read and not answered: for a process that takes a session over, before
+    /// it reads any itself. Those come with the highest bit of [`super::Header::unique`] set.
+    ///
+    /// This waits for nothing: the kernel moves them from one list to another under spinlocks (`fuse_resend` in fs/fuse/dev.c).
+    ///
+    /// # Errors
+    /// When the mount is gone.
     pub fn resend(&self) -> io::Result<()> {
         self.0.tell(notify::RESEND, &[])
+    }
+
+    /// A backing file that a process before this one gave the kernel.
+    pub fn backing(&self, id: i32) -> Backing {
+        Backing {
+            device: Arc::clone(&self.0),
+            id,
+        }
     }
 }
 

@@ -3,12 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::answer::{Attr, Entry, Listing, Opened, StatFs};
 use super::device::Backing;
+use super::request::Header;
 use super::session::Link;
 use super::wire::Wire;
 
@@ -37,12 +39,23 @@ pub trait Payload {
 
 impl Reply {
     pub(super) fn new(link: Arc<Link>, unique: u64, pid: u32) -> Self {
+        link.owed.fetch_add(1, Ordering::Relaxed);
         Self {
             link,
             unique,
             pid,
             given: false,
         }
+    }
+
+    /// Which request this answers: the same number when the request is sent once more.
+    pub fn unique(&self) -> u64 {
+        self.unique & !Header::RESENT
+    }
+
+    /// Whether the request was sent before, to a process that did not answer it.
+    pub fn is_resent(&self) -> bool {
+        self.unique & Header::RESENT != 0
     }
 
     fn give(mut self, error: i32, body: &[u8]) {
@@ -148,5 +161,6 @@ impl Drop for Reply {
                 .device
                 .answer(self.unique, -Errno::IO.raw_os_error(), &[]);
         }
+        self.link.owed.fetch_sub(1, Ordering::Relaxed);
     }
 }

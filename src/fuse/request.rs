@@ -146,6 +146,9 @@ impl<'a> Forgets<'a> {
 }
 
 impl Header {
+    /// `FUSE_UNIQUE_RESEND`: the bit of [`unique`](Self::unique) that tells a request which is sent once more.
+    pub(super) const RESENT: u64 = 1 << 63;
+
     /// Splits a message into its header and the rest.
     ///
     /// # Errors

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::sync::watch;
@@ -34,6 +35,14 @@ pub(super) struct Link {
     pub(super) interrupts: Interrupts,
     pub(super) phase: watch::Sender<Phase>,
     counts: Counts,
+    /// Answers that are owed.
+    pub(super) owed: AtomicUsize,
+}
+
+impl Link {
+    fn replies(&self) -> usize {
+        self.owed.load(Ordering::Relaxed)
+    }
 }
 
 /// How many requests came, by kind.
@@ -69,6 +78,8 @@ pub(super) enum Phase {
     Serving,
     /// Requests that would have to wait get EIO.
     Hurried,
+    /// Requests are left to the process that goes on from here.
+    HandedOver,
     /// The mount is gone.
     Ended,
 }
@@ -76,7 +87,7 @@ pub(super) enum Phase {
 impl Phase {
     /// Whether a request may wait.
     pub(super) fn waits(self) -> bool {
-        self == Self::Serving
+        matches!(self, Self::Serving | Self::HandedOver)
     }
 }
 
@@ -143,6 +154,11 @@ impl Session {
         &self.negotiated
     }
 
+    /// The device, for whoever keeps it open for the next process.
+    pub fn device(&self) -> BorrowedFd<'_> {
+        self.device.descriptor()
+    }
+
     /// For what the kernel must be told.
     pub fn notifier(&self) -> Notifier {
         Notifier(Arc::clone(&self.device))
@@ -161,6 +177,7 @@ impl Session {
             interrupts: Interrupts::default(),
             phase: watch::Sender::new(Phase::Serving),
             counts: Counts::new(),
+            owed: AtomicUsize::new(0),
         });
         let threads = threads.max(1);
         let (handler, left) = (Arc::new(handler), Arc::new(AtomicUsize::new(threads)));
@@ -218,19 +235,42 @@ impl Serving {
     /// Answers EIO to all who wait, and to all who would have to from now on.
     pub fn hurry(&self) {
         self.link.phase.send_if_modified(|phase| {
-            let serving = *phase == Phase::Serving;
+            let serving = phase.waits();
             if serving {
                 *phase = Phase::Hurried;
             }
             serving
         });
     }
+
+    /// Takes no more requests, and waits up to `patience` for answers that are under way. What is not answered then, or was read a
+    /// moment ago, comes to the next process once more. The process must end without another answer: one that is dropped is EIO.
+    pub async fn hand_over(&self, patience: Duration) {
+        const LOOK_EVERY: Duration = Duration::from_millis(5);
+        self.link.phase.send_if_modified(|phase| {
+            let serving = *phase == Phase::Serving;
+            if serving {
+                *phase = Phase::HandedOver;
+            }
+            serving
+        });
+        let end = tokio::time::Instant::now() + patience;
+        while self.link.replies() > 0 && tokio::time::Instant::now() < end {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
 }
 
 /// Takes requests until the mount is gone.
 fn serve(link: &Arc<Link>, handler: &impl Handler) -> io::Result<()> {
-    let mut buffer = vec![0; READ_BUFFER];
+    // Written to, so that every page is there: the kernel gives EIO to whoever asked when it must fetch one for a process that is
+    // being killed (`fuse_dev_do_read` in fs/fuse/dev.c).
+    let mut buffer = vec![1; READ_BUFFER];
     while let Some(length) = link.device.receive(&mut buffer)? {
+        // What was read just now is left to the next process. To return would say that the session has ended.
+        while *link.phase.borrow() == Phase::HandedOver {
+            thread::park();
+        }
         let bytes = &buffer[..length];
         // A fault in one answer must not take the thread from all others. The reply, dropped on the way out, is EIO.
         if catch_unwind(AssertUnwindSafe(|| dispatch(link, handler, bytes))).is_err() {

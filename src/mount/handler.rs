@@ -4,6 +4,7 @@
 //! to the runtime, together with the reply.
 
 use std::str;
+use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
@@ -14,8 +15,8 @@ use super::reply::{
     reply_xattr,
 };
 use crate::base::start;
-use crate::fuse::{self, Forgets, Handler, Listing, Operation, Reply, StatFs, open};
-use crate::tree::{DirEntry, HandleId, NodeId, Opened, Tree};
+use crate::fuse::{self, Backing, Forgets, Handler, Listing, Operation, Reply, StatFs, open};
+use crate::tree::{DirEntry, HandleId, NodeId, Opened, Tree, Way};
 
 /// Unit of statfs, bytes.
 const STATFS_UNIT: u32 = 4096;
@@ -51,8 +52,9 @@ impl Handler for Ocifs {
                 size,
             } => self.read(node, HandleId(handle), offset, size, reply),
             Operation::Release { handle } => {
-                self.backings.release(node);
-                self.tree.release(HandleId(handle));
+                if let Some(node) = self.tree.release(HandleId(handle)) {
+                    self.backings.release(node);
+                }
                 reply.done();
             }
             Operation::OpenDir => self.opendir(node, reply),
@@ -116,38 +118,53 @@ impl Ocifs {
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             return reply.error(READ_ONLY);
         }
+        self.reopened(&reply);
         match self.tree.open(node) {
             Ok(opened) => self.opened(node, &opened, reply),
             Err(error) => reply.error(errno(&error)),
         }
     }
 
-    fn opened(&self, node: NodeId, opened: &Opened, reply: Reply) {
-        let handle = opened.handle.0;
-        if let Some(cached) = &opened.direct {
-            match self.backings.open(node, cached.file(), &reply) {
-                // Any other flag but NOFLUSH would be refused beside passthrough.
-                Ok(Some(backing)) => {
-                    return reply.opened(&fuse::Opened {
-                        handle,
-                        flags: open::PASSTHROUGH | open::NOFLUSH,
-                        backing: backing.id(),
-                    });
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::info!(%error, "the kernel does not read the cache's files itself; reads go through the daemon");
-                    self.tree.without_passthrough();
-                }
-            }
+    /// What a request opens that comes once more is opened once.
+    fn reopened(&self, reply: &Reply) {
+        if reply.is_resent()
+            && let Some(node) = self.tree.reopened(reply.unique())
+        {
+            self.backings.release(node);
         }
-        reply.opened(&fuse::Opened {
-            handle,
+    }
+
+    fn opened(&self, node: NodeId, opened: &Opened, reply: Reply) {
+        let backing = self.backing(node, &opened.way, &reply);
+        let (flags, backing) = match &backing {
+            // Any other flag but NOFLUSH would be refused beside passthrough.
+            Some(backing) => (open::PASSTHROUGH | open::NOFLUSH, backing.id()),
             // A file's bytes never change, so its pages are kept from one open to the next. Nothing is flushed at close: that
             // would only let a program hang in close(2) while the daemon is down.
-            flags: open::KEEP_CACHE | open::NOFLUSH,
-            backing: 0,
+            None => (open::KEEP_CACHE | open::NOFLUSH, 0),
+        };
+        self.tree.opened(opened.handle, reply.unique(), backing);
+        reply.opened(&fuse::Opened {
+            handle: opened.handle.0,
+            flags,
+            backing,
         });
+    }
+
+    /// What the kernel is to read in our place.
+    fn backing(&self, node: NodeId, way: &Way, reply: &Reply) -> Option<Arc<Backing>> {
+        let Way::Past(cached) = way else {
+            return None;
+        };
+        let file = cached.as_ref().map(|cached| cached.file());
+        match self.backings.open(node, file, reply) {
+            Ok(backing) => backing,
+            Err(error) => {
+                tracing::info!(%error, "the kernel does not read the cache's files itself; reads go through the daemon");
+                self.tree.without_passthrough();
+                None
+            }
+        }
     }
 
     fn read(&self, node: NodeId, handle: HandleId, offset: u64, size: u32, reply: Reply) {
@@ -166,13 +183,14 @@ impl Ocifs {
     }
 
     fn opendir(&self, node: NodeId, reply: Reply) {
+        self.reopened(&reply);
         if let Some(result) = self.tree.try_opendir(node) {
-            return reply_opendir(reply, result);
+            return reply_opendir(reply, &self.tree, result);
         }
         let tree = self.tree.clone();
         self.runtime.spawn(async move {
             if let Some((reply, result)) = reply.wait(tree.opendir(node)).await {
-                reply_opendir(reply, result);
+                reply_opendir(reply, &tree, result);
             }
         });
     }

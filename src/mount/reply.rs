@@ -101,16 +101,19 @@ pub(super) fn reply_read(reply: Reply, node: NodeId, result: Result<Data, TreeEr
     }
 }
 
-pub(super) fn reply_opendir(reply: Reply, result: Result<Opened, TreeError>) {
+pub(super) fn reply_opendir(reply: Reply, tree: &Tree, result: Result<Opened, TreeError>) {
     match result {
-        Ok(opened) => reply.opened(&fuse::Opened {
-            handle: opened.handle.0,
-            flags: match opened.kept {
-                true => open::CACHE_DIR | open::KEEP_CACHE,
-                false => 0,
-            },
-            backing: 0,
-        }),
+        Ok(opened) => {
+            tree.opened(opened.handle, reply.unique(), 0);
+            reply.opened(&fuse::Opened {
+                handle: opened.handle.0,
+                flags: match opened.kept {
+                    true => open::CACHE_DIR | open::KEEP_CACHE,
+                    false => 0,
+                },
+                backing: 0,
+            });
+        }
         Err(error) => reply.error(errno(&error)),
     }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::journal::{Journal, Record};
 use super::node::Place;
 use super::shown::Shown;
 use crate::base::{Digest, lock};
@@ -104,12 +105,42 @@ impl Drop for Hold {
 }
 
 /// All bindings of a tree, by reference.
-#[derive(Debug, Default)]
-pub(super) struct Bindings(Mutex<HashMap<Reference, Arc<Binding>>>);
+#[derive(Debug)]
+pub(super) struct Bindings {
+    map: Mutex<HashMap<Reference, Arc<Binding>>>,
+    journal: Option<Arc<Journal>>,
+}
 
 impl Bindings {
+    /// None yet. Those that are made and dropped are written to `journal`.
+    pub(super) fn new(journal: Option<Arc<Journal>>) -> Self {
+        Self {
+            map: Mutex::default(),
+            journal,
+        }
+    }
+
     fn map(&self) -> MutexGuard<'_, HashMap<Reference, Arc<Binding>>> {
-        lock(&self.0)
+        lock(&self.map)
+    }
+
+    /// Under the lock, so that records of a reference are in the order of what happened to it.
+    fn write(&self, record: impl FnOnce() -> Record) {
+        if let Some(journal) = &self.journal {
+            journal.write(&record());
+        }
+    }
+
+    fn drop_from(
+        &self,
+        map: &mut HashMap<Reference, Arc<Binding>>,
+        reference: &Reference,
+    ) -> Option<Arc<Binding>> {
+        let dropped = map.remove(reference)?;
+        self.write(|| Record::Unbound {
+            reference: reference.clone(),
+        });
+        Some(dropped)
     }
 
     /// What a reference shows.
@@ -130,16 +161,20 @@ impl Bindings {
                 .filter(|other| other.opens.load(Ordering::Acquire) == 0)
                 .max_by_key(|other| other.idle());
             if let Some(reference) = idlest.map(|other| other.reference.clone()) {
-                dropped = map.remove(&reference);
+                dropped = self.drop_from(&mut map, &reference);
             }
         }
+        self.write(|| Record::Bound {
+            reference: binding.reference.clone(),
+            digest: binding.shown.digest(),
+        });
         let old = map.insert(binding.reference.clone(), binding.clone());
         (old, dropped)
     }
 
     /// Unbinds a reference.
     pub(super) fn remove(&self, reference: &Reference) -> Option<Arc<Binding>> {
-        self.map().remove(reference)
+        self.drop_from(&mut self.map(), reference)
     }
 
     /// Every bound reference.
@@ -180,6 +215,11 @@ impl Bindings {
             .values()
             .filter(|binding| binding.shown.digest() == digest && !binding.may_move(tag_ttl));
         Self::hold(used.cloned().collect())
+    }
+
+    /// Holds nothing.
+    pub(super) fn hold_none() -> Hold {
+        Self::hold(Vec::new())
     }
 
     /// Holds one binding.

@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use super::Space;
+use super::{Journal, Space};
 
 /// What a tree is made with.
 #[derive(Clone)]
@@ -23,6 +23,10 @@ pub struct TreeConfig {
     pub gid: u32,
     /// Whether the kernel may be given the files of sealed blobs to read without us.
     pub passthrough: bool,
+    /// The time of directories that are of no artifact.
+    pub started: SystemTime,
+    /// Where is kept what another process needs in order to go on from here; nowhere, when none shall.
+    pub journal: Option<Arc<Journal>>,
     /// What statfs tells.
     pub space: Arc<dyn Fn() -> Space + Send + Sync>,
 }
@@ -37,6 +41,8 @@ impl Default for TreeConfig {
             uid: 0,
             gid: 0,
             passthrough: false,
+            started: SystemTime::now(),
+            journal: None,
             space: Arc::new(Space::default),
         }
     }

@@ -1,10 +1,11 @@
 //! Open files, and what becomes of them when their blob is complete.
 
 use super::handles::{Closed, HandleId, OpenFile};
+use super::journal::{Record, What};
 use super::namespace::Tree;
 use super::node::{Node, NodeId};
-use super::{Invalidation, Opened, TreeError};
-use crate::base::Digest;
+use super::{Invalidation, Opened, TreeError, Way};
+use crate::base::{Digest, lock};
 
 impl Tree {
     /// Opens a file for reading.
@@ -23,7 +24,10 @@ impl Tree {
         Ok(Opened {
             handle: self.0.handles.add_file(node, file, hold),
             kept: true,
-            direct: sealed.filter(|_| direct),
+            way: match direct {
+                true => Way::Past(sealed),
+                false => Way::Through,
+            },
         })
     }
 
@@ -82,13 +86,55 @@ impl Tree {
         }
     }
 
-    /// Closes a file or directory.
-    pub fn release(&self, handle: HandleId) {
-        match self.0.handles.close(handle) {
-            Some(Closed::File(node)) => self.0.modes.leave(node),
-            Some(Closed::Directory(directory)) => self.closed(&directory),
-            None => {}
+    /// The kernel is about to be told of a handle, in answer to the request `unique`: keeps that for the process that may have to
+    /// go on from here. `backing` is what the kernel reads in our place, 0 where it does not.
+    pub fn opened(&self, handle: HandleId, unique: u64, backing: i32) {
+        let Some(journal) = &self.0.config.journal else {
+            return;
+        };
+        let Some((node, what)) = self.0.handles.kept(handle) else {
+            return;
+        };
+        let (handle, node) = (handle.0, node.0);
+        journal.write(&match what {
+            What::File { .. } => Record::Opened {
+                handle,
+                node,
+                unique,
+                backing,
+            },
+            What::Directory { names } => Record::Listed {
+                handle,
+                node,
+                unique,
+                names,
+            },
+        });
+    }
+
+    /// A request to open something comes once more, because it was not answered. A process before this one may have prepared
+    /// the answer: the handle of that is nobody's, and is closed. The node that was not opened.
+    pub fn reopened(&self, unique: u64) -> Option<NodeId> {
+        let handle = lock(&self.0.unanswered).remove(&unique)?;
+        self.release(handle)
+    }
+
+    /// Closes a file or directory; the node of a file.
+    pub fn release(&self, handle: HandleId) -> Option<NodeId> {
+        let node = match self.0.handles.close(handle)? {
+            Closed::File(node) => {
+                self.0.modes.leave(node);
+                Some(node)
+            }
+            Closed::Directory(directory) => {
+                self.closed(&directory);
+                None
+            }
+        };
+        if let Some(journal) = &self.0.config.journal {
+            journal.write(&Record::Closed { handle: handle.0 });
         }
+        node
     }
 
     /// The content of a blob has turned out wrong: the kernel must not serve from its memory what it was given of it.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::TreeError;
 use super::binding::{Binding, Hold};
+use super::journal::What;
 use super::node::{Node, NodeId};
 use super::shown::Shown;
 use super::view::DirEntry;
@@ -96,7 +97,8 @@ impl OpenFile {
 enum Handle {
     File(
         NodeId,
-        OpenFile,
+        /// `None` while the artifact of a handle from another process cannot be had.
+        Option<OpenFile>,
         #[expect(dead_code, reason = "dropped when the handle is closed")] Hold,
     ),
     Directory(Arc<OpenDirectory>),
@@ -150,7 +152,7 @@ impl Handles {
     }
 
     pub(super) fn add_file(&self, node: NodeId, file: OpenFile, hold: Hold) -> HandleId {
-        self.add(Handle::File(node, file, hold))
+        self.add(Handle::File(node, Some(file), hold))
     }
 
     pub(super) fn add_directory(&self, directory: OpenDirectory) -> HandleId {
@@ -159,7 +161,7 @@ impl Handles {
 
     pub(super) fn file(&self, id: HandleId) -> Option<OpenFile> {
         match self.open().get(&id)? {
-            Handle::File(_, file, _) => Some(file.clone()),
+            Handle::File(_, file, _) => file.clone(),
             Handle::Directory(_) => None,
         }
     }
@@ -169,6 +171,56 @@ impl Handles {
             Handle::Directory(directory) => Some(directory.clone()),
             Handle::File(..) => None,
         }
+    }
+
+    /// Has a file that another process opened, or once more when it can be had.
+    pub(super) fn adopt_file(
+        &self,
+        id: HandleId,
+        node: NodeId,
+        file: Option<OpenFile>,
+        hold: Hold,
+    ) {
+        self.adopt(id, Handle::File(node, file, hold));
+    }
+
+    /// Has a directory that another process opened.
+    pub(super) fn adopt_directory(&self, id: HandleId, directory: OpenDirectory) {
+        self.adopt(id, Handle::Directory(Arc::new(directory)));
+    }
+
+    fn adopt(&self, id: HandleId, handle: Handle) {
+        self.above(id.0);
+        let before = self.open().insert(id, handle);
+        drop(before);
+    }
+
+    /// Gives out numbers above this one only.
+    pub(super) fn above(&self, highest: u64) {
+        self.next
+            .fetch_max(highest.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// Whether a handle is open.
+    pub(super) fn is_open(&self, id: HandleId) -> bool {
+        self.open().contains_key(&id)
+    }
+
+    /// What a journal keeps of a handle.
+    pub(super) fn kept(&self, id: HandleId) -> Option<(NodeId, What)> {
+        let directory = match self.open().get(&id)? {
+            Handle::File(node, ..) => return Some((*node, What::File { backing: 0 })),
+            Handle::Directory(directory) => Arc::clone(directory),
+        };
+        // Below a model the listing follows from what is bound. `.` and `..` are in all.
+        let names = match (&directory.binding, directory.entries.get()) {
+            (None, Some(entries)) => {
+                let names = entries.iter().skip(2).map(|entry| entry.name.clone());
+                Some(names.collect())
+            }
+            _ => None,
+        };
+        Some((directory.id, What::Directory { names }))
     }
 
     /// Closes a handle.

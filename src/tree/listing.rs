@@ -7,7 +7,7 @@ use super::binding::{Binding, Bindings};
 use super::handles::{HandleId, OpenDirectory};
 use super::namespace::{Step, Tree, Want, child_node, last_step};
 use super::node::{Node, NodeId};
-use super::{DirEntry, Entry, Invalidation, Kind, Opened, TreeError, list};
+use super::{DirEntry, Entry, Invalidation, Kind, Opened, TreeError, Way, list};
 
 impl Tree {
     /// Opens a directory if nobody has to be asked for what is in it.
@@ -75,7 +75,7 @@ impl Tree {
         Ok(Opened {
             handle: self.0.handles.add_directory(directory),
             kept: true,
-            direct: None,
+            way: Way::Through,
         })
     }
 
@@ -97,7 +97,7 @@ impl Tree {
         Ok(Opened {
             handle: self.0.handles.add_directory(directory),
             kept: false,
-            direct: None,
+            way: Way::Through,
         })
     }
 
@@ -166,6 +166,26 @@ impl Tree {
             Node::File { .. } | Node::Link { .. } => return Err(TreeError::NotDirectory),
         }
         Ok(entries.into())
+    }
+
+    /// What a directory above models listed when another process opened it: the same entries at the same places, so that whoever is
+    /// in the middle of it goes on there.
+    pub(super) fn named(&self, node: &Node, names: &[String]) -> Arc<[DirEntry]> {
+        let mut entries = vec![
+            self.dir_entry(".", node),
+            self.dir_entry("..", &node.parent()),
+        ];
+        for name in names {
+            let entry = self.spelled_entry(node, name);
+            // It was there, as a file of `:latest` that cannot be told now.
+            entries.push(entry.unwrap_or_else(|| DirEntry {
+                name: name.clone(),
+                ino: self.0.table.id(node),
+                kind: Kind::File,
+                node: None,
+            }));
+        }
+        entries.into()
     }
 
     /// Names in a directory above models: what is known, and what `:latest` has where it is shown already.

@@ -10,6 +10,8 @@
 //!   modes      through us or past us?            the first open of a node decides
 //! opendir(node)
 //!   listing    what is known, and what is shown  never asks for a manifest
+//! restore(state)
+//!   journal    what the kernel was told          so that another process can go on
 //! ```
 //!
 //! Registries are reached through [`Catalogue`] alone, so everything here is tested with one that is a map in memory.
@@ -23,6 +25,7 @@ mod error;
 mod file_like;
 mod files;
 mod handles;
+mod journal;
 mod list;
 mod listing;
 mod models;
@@ -31,6 +34,7 @@ mod names;
 mod namespace;
 mod node;
 mod resolver;
+mod restore;
 mod shown;
 mod table;
 mod ttl;
@@ -42,6 +46,8 @@ mod fake;
 mod namespace_tests;
 #[cfg(test)]
 mod oracle_tests;
+#[cfg(test)]
+mod restore_tests;
 
 pub use crate::cache::{Data, Mapped};
 pub use attr::{Attr, Kind, Space};
@@ -50,6 +56,8 @@ pub use catalogue::Catalogue;
 pub use config::TreeConfig;
 pub use error::TreeError;
 pub use handles::{HandleId, OpenFile};
+pub use journal::{FORMAT as JOURNAL_FORMAT, Journal, State};
 pub use namespace::Tree;
 pub use node::NodeId;
-pub use view::{DirEntry, Entry, Invalidation, Opened};
+pub use restore::Restored;
+pub use view::{DirEntry, Entry, Invalidation, Opened, Way};

@@ -56,6 +56,13 @@ impl Modes {
         open.direct
     }
 
+    /// Counts a handle that another process gave out.
+    pub(super) fn adopt(&self, node: NodeId, direct: bool) {
+        let mut all = lock(&self.open);
+        let open = all.entry(node).or_insert(Open { handles: 0, direct });
+        open.handles += 1;
+    }
+
     /// Counts a handle less.
     pub(super) fn leave(&self, node: NodeId) {
         let mut all = lock(&self.open);

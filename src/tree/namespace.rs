@@ -1,18 +1,21 @@
 //! The operations on the tree.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use super::binding::{Binding, BoundModel};
-use super::handles::Handles;
+use super::handles::{HandleId, Handles};
 use super::modes::Modes;
 use super::names::{self, DOCKER_HUB, DOCKER_LIBRARY, NAME_MAX, Name, RootName};
 use super::node::{Folder, Node, NodeId, Place};
 use super::resolver::Resolver;
 use super::shown::{Child, join};
 use super::table::NodeTable;
-use super::{Attr, Catalogue, Entry, Invalidation, Kind, Space, TreeConfig, TreeError, attr};
+use super::{
+    Attr, Catalogue, Entry, Invalidation, Journal, Kind, Space, TreeConfig, TreeError, attr,
+};
 use crate::base::Digest;
 use crate::registry::Reference;
 
@@ -42,11 +45,12 @@ pub struct Tree(pub(super) Arc<Inner>);
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) config: TreeConfig,
-    pub(super) started: SystemTime,
     pub(super) table: Arc<NodeTable>,
     pub(super) resolver: Resolver,
     pub(super) handles: Handles,
     pub(super) modes: Modes,
+    /// Handles of the process before this one, by the request that they were to answer.
+    pub(super) unanswered: Mutex<HashMap<u64, HandleId>>,
 }
 
 /// What a name in a directory leads to.
@@ -72,7 +76,8 @@ impl Tree {
         config: TreeConfig,
     ) -> (Self, Receiver<Invalidation>) {
         let (events, receiver) = channel();
-        let table = Arc::new(NodeTable::new());
+        let journal = || config.journal.clone();
+        let table = Arc::new(NodeTable::new(journal()));
         let resolver = Resolver::new(
             catalogue,
             table.clone(),
@@ -80,16 +85,16 @@ impl Tree {
             config.tag_ttl,
             config.failure_ttl,
             config.patience,
+            journal(),
         );
-        let started = SystemTime::now();
         let passthrough = config.passthrough;
         let inner = Inner {
             config,
-            started,
             table,
             resolver,
             handles: Handles::new(),
             modes: Modes::new(passthrough),
+            unanswered: Mutex::default(),
         };
         (Self(Arc::new(inner)), receiver)
     }
@@ -226,10 +231,14 @@ impl Tree {
     fn attr(&self, node: &Node, ino: NodeId) -> Attr {
         let mut executable = false;
         let (kind, size, blocks, time) = match node {
-            Node::Root | Node::Host(_) | Node::Folder(_) => (Kind::Directory, 0, 0, self.0.started),
+            Node::Root | Node::Host(_) | Node::Folder(_) => {
+                (Kind::Directory, 0, 0, self.0.config.started)
+            }
             Node::Directory { place, .. } => {
                 let binding = self.0.resolver.bindings().get(&place.reference());
-                let time = binding.map_or(self.0.started, |binding| binding.shown.model().created);
+                let time = binding.map_or(self.0.config.started, |binding| {
+                    binding.shown.model().created
+                });
                 (Kind::Directory, 0, 0, time)
             }
             Node::File { shown, path, .. } => {
@@ -241,7 +250,9 @@ impl Tree {
                 executable = file.is_some_and(|file| file.executable);
                 (Kind::File, size, attr::blocks(size, cached), time)
             }
-            Node::Link { target, .. } => (Kind::Link, target.len() as u64, 0, self.0.started),
+            Node::Link { target, .. } => {
+                (Kind::Link, target.len() as u64, 0, self.0.config.started)
+            }
         };
         Attr {
             ino,
@@ -368,6 +379,16 @@ impl Tree {
     /// What is shown now.
     pub fn bound(&self) -> Vec<BoundModel> {
         self.0.resolver.bindings().summary()
+    }
+
+    /// Where is kept what another process needs.
+    pub fn journal(&self) -> Option<Arc<Journal>> {
+        self.0.config.journal.clone()
+    }
+
+    /// The time of directories that are of no artifact.
+    pub fn started(&self) -> SystemTime {
+        self.0.config.started
     }
 
     /// How many nodes the kernel holds.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::journal::Kept;
 use super::names;
 use super::shown::Shown;
 use crate::base::Digest;
@@ -222,6 +223,35 @@ impl Node {
                 None => place.directory(""),
             },
         }
+    }
+
+    /// What a journal keeps of it; the root need not be kept.
+    pub(super) fn kept(&self) -> Option<Kept> {
+        Some(match self.clone() {
+            Self::Root => return None,
+            Self::Host(host) => Kept::Host(host),
+            Self::Folder(folder) => Kept::Folder(folder),
+            Self::Directory { place, path } => Kept::Directory { place, path },
+            Self::File {
+                shown,
+                path,
+                direct,
+            } => Kept::File {
+                repository: shown.repository().clone(),
+                digest: shown.digest(),
+                path,
+                direct,
+            },
+            Self::Link {
+                directory,
+                name,
+                target,
+            } => Kept::Link {
+                directory,
+                name,
+                target,
+            },
+        })
     }
 
     /// A link in this directory.

@@ -14,13 +14,14 @@ use futures_util::future::{BoxFuture, Shared};
 use tokio::sync::Semaphore;
 
 use super::binding::{Binding, Bindings};
+use super::journal::Journal;
 use super::names::{self, Name};
 use super::node::{Folder, Node, Place};
 use super::shown::Shown;
 use super::table::NodeTable;
 use super::ttl::TtlMap;
 use super::{Catalogue, Invalidation, TreeError};
-use crate::base::lock;
+use crate::base::{Digest, lock};
 use crate::registry::Reference;
 
 /// How many references are asked for at a time, so that a crawler does not occupy every connection.
@@ -53,6 +54,8 @@ struct Inner {
     flights: Mutex<HashMap<(Reference, bool), Flight>>,
     failures: Mutex<TtlMap<Reference, TreeError>>,
     complaints: Mutex<TtlMap<Reference, ()>>,
+    /// What the process before this one showed and could not be had yet. It stays what is shown.
+    promised: Mutex<HashMap<Reference, Digest>>,
 }
 
 impl fmt::Debug for Resolver {
@@ -71,10 +74,11 @@ impl Resolver {
         tag_ttl: Duration,
         failure_ttl: Duration,
         patience: Duration,
+        journal: Option<Arc<Journal>>,
     ) -> Self {
         Self(Arc::new(Inner {
             catalogue,
-            bindings: Bindings::default(),
+            bindings: Bindings::new(journal),
             table,
             events,
             tag_ttl,
@@ -83,6 +87,7 @@ impl Resolver {
             flights: Mutex::default(),
             failures: Mutex::new(TtlMap::new(failure_ttl, FAILURES)),
             complaints: Mutex::new(TtlMap::new(COMPLAINT_TTL, FAILURES)),
+            promised: Mutex::default(),
         }))
     }
 
@@ -211,8 +216,10 @@ impl Resolver {
             .acquire()
             .await
             .expect("the semaphore is never closed");
-        let digest = match reference.digest() {
-            Some(digest) => *digest,
+        let promised = || lock(&self.0.promised).get(reference).copied();
+        let known = reference.digest().copied();
+        let digest = match known.or_else(|| promised().filter(|_| !fresh)) {
+            Some(digest) => digest,
             None => self.0.catalogue.resolve(reference, fresh).await?,
         };
         if before.is_some_and(|before| before.shown.digest() == digest) {
@@ -223,7 +230,8 @@ impl Resolver {
             .catalogue
             .open(reference.repository(), &digest)
             .await?;
-        Ok(Some(Arc::new(Shown::new(model))))
+        let shown = Shown::new(reference.repository().clone(), model);
+        Ok(Some(Arc::new(shown)))
     }
 
     fn adopt(
@@ -254,6 +262,7 @@ impl Resolver {
             (Some(shown), ..) => shown,
             (None, None, _) => unreachable!("nothing was shown before, so something is shown now"),
         };
+        lock(&self.0.promised).remove(reference);
         let binding = Binding::new(reference.clone(), shown);
         let (old, dropped) = self.0.bindings.set(&binding);
         if let Some(dropped) = &dropped {
@@ -264,6 +273,16 @@ impl Resolver {
         }
         self.announce(reference, old.as_deref(), Some(&binding));
         binding
+    }
+
+    /// Shows what the process before this one showed, which is in the journal already.
+    pub(super) fn restore(&self, reference: &Reference, shown: Arc<Shown>) {
+        self.0.bindings.set(&Binding::new(reference.clone(), shown));
+    }
+
+    /// The same where it cannot be had yet: whoever asks for the reference gets this digest or an error.
+    pub(super) fn promise(&self, reference: &Reference, digest: Digest) {
+        lock(&self.0.promised).insert(reference.clone(), digest);
     }
 
     /// Tells the kernel. Whoever listened may be gone at the end of a mount: then it holds nothing either.

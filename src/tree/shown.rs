@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::names::{NAME_MAX, OCI_DIR};
 use crate::base::Digest;
 use crate::model::{File, Model};
+use crate::registry::Repository;
 
 /// How deep directories may be nested in a model directory.
 const DEPTH_MAX: usize = 64;
@@ -13,6 +14,7 @@ const DEPTH_MAX: usize = 64;
 /// A model with an index of its directories; immutable.
 #[derive(Debug)]
 pub(super) struct Shown {
+    repository: Repository,
     model: Arc<Model>,
     /// By path (`""` is the model directory), then by name.
     directories: HashMap<String, BTreeMap<String, Child>>,
@@ -39,9 +41,9 @@ pub(super) enum Place {
 }
 
 impl Shown {
-    /// Indexes a model. Paths that no directory entry can have are left out: the model made them from what a registry
+    /// Indexes a model of a repository. Paths that no directory entry can have are left out: the model made them from what a registry
     /// sent, so this is the second look at them.
-    pub(super) fn new(model: Arc<Model>) -> Self {
+    pub(super) fn new(repository: Repository, model: Arc<Model>) -> Self {
         let mut directories = HashMap::from([(String::new(), BTreeMap::new())]);
         for (index, file) in model.oci.iter().enumerate() {
             insert(
@@ -69,12 +71,21 @@ impl Shown {
                 directories.entry(path.clone()).or_default();
             }
         }
-        Self { model, directories }
+        Self {
+            repository,
+            model,
+            directories,
+        }
     }
 
     /// The model.
     pub(super) fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// A repository that has the artifact.
+    pub(super) fn repository(&self) -> &Repository {
+        &self.repository
     }
 
     /// The artifact's digest.
@@ -193,16 +204,18 @@ mod tests {
     use super::*;
     use crate::tree::fake::model;
 
+    fn shown(files: &[(&str, &str)]) -> Shown {
+        let repository = Repository::new("r.example", "m").unwrap();
+        Shown::new(repository, model(b"m", files))
+    }
+
     #[test]
     fn paths_become_directories() {
-        let shown = Shown::new(model(
-            b"m",
-            &[
-                ("config.json", "{}"),
-                ("onnx/a/b.onnx", "x"),
-                ("onnx/c", "y"),
-            ],
-        ));
+        let shown = shown(&[
+            ("config.json", "{}"),
+            ("onnx/a/b.onnx", "x"),
+            ("onnx/c", "y"),
+        ]);
         let names = |path| {
             shown
                 .list(path)
@@ -223,24 +236,21 @@ mod tests {
     fn paths_that_cannot_be_are_left_out() {
         let long = "n".repeat(256);
         let deep = vec!["d"; DEPTH_MAX + 1].join("/");
-        let shown = Shown::new(model(
-            b"m",
-            &[
-                ("../up", ""),
-                ("/absolute", ""),
-                ("a//b", ""),
-                ("a/./b", ""),
-                ("", ""),
-                ("nul\0", ""),
-                (&long, ""),
-                (&deep, ""),
-                (".oci/manifest.json", "forged"),
-                ("file", "1"),
-                ("file", "2"),
-                ("file/below", ""),
-                ("good", ""),
-            ],
-        ));
+        let shown = shown(&[
+            ("../up", ""),
+            ("/absolute", ""),
+            ("a//b", ""),
+            ("a/./b", ""),
+            ("", ""),
+            ("nul\0", ""),
+            (&long, ""),
+            (&deep, ""),
+            (".oci/manifest.json", "forged"),
+            ("file", "1"),
+            ("file", "2"),
+            ("file/below", ""),
+            ("good", ""),
+        ]);
         let names: Vec<_> = shown.list("").map(|(name, _)| name).collect();
         assert_eq!(names, [".oci", "file", "good"]);
         assert_eq!(

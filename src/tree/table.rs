@@ -7,17 +7,19 @@
 //! - A node lives here from the first [`NodeTable::remember`] until the kernel has forgotten it as often as it was
 //!   told of it. After that nothing is lost: everything in it follows from its key and the registry.
 //!
-//! # Room for a restart
-//! A restarted daemon must answer for numbers that its predecessor gave out. All that it needs is the pairs of number and
-//! node, and this type is the only one that makes or drops them: a journal belongs behind `remember` (before
-//! it returns, because its result is sent to the kernel) and `forget` (at leisure, a pair too many does no harm).
-//! What to write is the key, and for a file also the repository that it can be opened from; the rest is derived again.
+//! # Over a restart
+//! Another process must answer for the numbers that this one gave out, and drop them when the kernel has forgotten them as often as
+//! both have told it. So each telling is in the journal before [`NodeTable::remember`] returns, because its result is sent to the
+//! kernel, and each forgetting after it was done. What a kill leaves is a count that is too high, never one that is too low: of a
+//! lookup that was counted and not answered (it comes again and counts twice), of a forgetting that was read and not written. Such
+//! a node stays here until the end of the session, at the price of its name.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::TreeError;
+use super::journal::{Journal, Record};
 use super::node::{Node, NodeId};
 use crate::base::{Digest, lock};
 
@@ -25,6 +27,7 @@ use crate::base::{Digest, lock};
 #[derive(Debug)]
 pub(super) struct NodeTable {
     derive: fn(&str, u32) -> u64,
+    journal: Option<Arc<Journal>>,
     state: Mutex<State>,
 }
 
@@ -54,14 +57,15 @@ fn derive(key: &str, attempt: u32) -> u64 {
 }
 
 impl NodeTable {
-    /// A table with nothing but the root.
-    pub(super) fn new() -> Self {
-        Self::with(derive)
+    /// A table with nothing but the root. What happens in it is written to `journal`.
+    pub(super) fn new(journal: Option<Arc<Journal>>) -> Self {
+        Self::with(derive, journal)
     }
 
-    fn with(derive: fn(&str, u32) -> u64) -> Self {
+    fn with(derive: fn(&str, u32) -> u64, journal: Option<Arc<Journal>>) -> Self {
         Self {
             derive,
+            journal,
             state: Mutex::default(),
         }
     }
@@ -79,18 +83,50 @@ impl NodeTable {
         let mut state = self.state();
         let (id, attempt) = self.place(&state, &key);
         match state.nodes.entry(id) {
-            Entry::Occupied(mut slot) => slot.get_mut().lookups += 1,
+            Entry::Occupied(mut slot) => {
+                slot.get_mut().lookups += 1;
+                self.write(|| Some(Record::Again { id: id.0 }));
+            }
             Entry::Vacant(slot) => {
+                let (id, count) = (id.0, 1);
+                self.write(|| {
+                    Some(Record::Told {
+                        id,
+                        count,
+                        node: node.kept()?,
+                    })
+                });
                 slot.insert(Slot {
                     node: node.clone(),
                     lookups: 1,
                 });
                 if attempt > 0 {
-                    state.displaced.insert(key, id);
+                    state.displaced.insert(key, NodeId(id));
                 }
             }
         }
         id
+    }
+
+    /// Under the lock, so that records of a node are in the order of what happened to it.
+    fn write(&self, record: impl FnOnce() -> Option<Record>) {
+        if let Some(journal) = &self.journal
+            && let Some(record) = record()
+        {
+            journal.write(&record);
+        }
+    }
+
+    /// Has a node that another process told the kernel of `lookups` times, under the number that it gave.
+    pub(super) fn adopt(&self, id: NodeId, node: Node, lookups: u64) {
+        let key = node.key();
+        let mut state = self.state();
+        if id.0 != (self.derive)(&key, 0) {
+            state.displaced.insert(key, id);
+        }
+        // The kernel may have been told of it by this process too, while it could not be had.
+        let slot = state.nodes.entry(id);
+        slot.or_insert(Slot { node, lookups: 0 }).lookups += lookups;
     }
 
     /// The number that the node has or would get.
@@ -152,6 +188,7 @@ impl NodeTable {
             return;
         };
         let left = slot.get().lookups.saturating_sub(count);
+        self.write(|| Some(Record::Forgot { id: id.0, count }));
         if left > 0 {
             slot.get_mut().lookups = left;
             return;
@@ -178,7 +215,7 @@ mod tests {
 
     #[test]
     fn numbers_follow_from_names_alone() {
-        let (one, two) = (NodeTable::new(), NodeTable::new());
+        let (one, two) = (NodeTable::new(None), NodeTable::new(None));
         two.remember(&host("first.example"));
         assert_eq!(
             one.remember(&host("r.example")),
@@ -198,7 +235,7 @@ mod tests {
 
     #[test]
     fn a_node_lives_until_it_was_forgotten_as_often_as_told() {
-        let table = NodeTable::new();
+        let table = NodeTable::new(None);
         let id = table.remember(&host("r.example"));
         table.remember(&host("r.example"));
         table.forget(id, 1);
@@ -214,7 +251,7 @@ mod tests {
     #[test]
     fn colliding_keys_get_numbers_of_their_own_and_keep_them() {
         // Everything collides, and the first candidates are numbers that FUSE reserves.
-        let table = NodeTable::with(|_, attempt| u64::from(attempt));
+        let table = NodeTable::with(|_, attempt| u64::from(attempt), None);
         let a = table.remember(&host("a.example"));
         let b = table.remember(&host("b.example"));
         let c = table.remember(&host("c.example"));
@@ -230,5 +267,21 @@ mod tests {
         table.forget(c, 2);
         assert_eq!(table.len(), 0);
         assert!(table.state().displaced.is_empty());
+    }
+
+    #[test]
+    fn a_node_keeps_its_number_over_a_restart_displaced_or_not() {
+        let derive = |_: &str, attempt| 7 + u64::from(attempt);
+        let first = NodeTable::with(derive, None);
+        let (a, b) = (first.remember(&host("a")), first.remember(&host("b")));
+        let second = NodeTable::with(derive, None);
+        second.adopt(b, host("b"), 2);
+        assert_eq!(second.remember(&host("b")), b);
+        second.adopt(a, host("a"), 1);
+        assert_eq!((second.id(&host("a")), second.id(&host("b"))), (a, b));
+        second.forget(b, 3);
+        second.forget(a, 1);
+        assert_eq!(second.len(), 0);
+        assert!(second.state().displaced.is_empty());
     }
 }

@@ -39,9 +39,18 @@ pub struct Opened {
     pub handle: HandleId,
     /// Whether the kernel may keep what it reads: it never changes, or the kernel is told when it does.
     pub kept: bool,
-    /// The cache's file of a sealed blob, when the kernel is to read it without us. All who have the node open are
-    /// answered the same way.
-    pub direct: Option<Arc<cache::Entry>>,
+    /// All who have the node open are answered the same way.
+    pub way: Way,
+}
+
+/// How the kernel reads an open file.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// Through us.
+    Through,
+    /// Past us, from the cache's file of a sealed blob. `None` when that is gone from the cache: then those who have the node
+    /// open read it all the same, and whoever joins them needs nothing else.
+    Past(Option<Arc<cache::Entry>>),
 }
 
 /// What the kernel must be told to drop from its caches.
