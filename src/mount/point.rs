@@ -71,13 +71,25 @@ enum State {
 fn state(path: &Path) -> State {
     let (sender, receiver) = mpsc::channel();
     let target = path.to_owned();
-    // stat(2) on a mount that hangs does not come back, and cannot be interrupted; so it is a thread's, which is left
-    // behind in that case.
-    std::thread::spawn(move || drop(sender.send(fs::metadata(target))));
+    // statfs(2) beside, because the kernel may know the attributes without asking. On a mount that hangs neither comes back, nor can
+    // be interrupted; so it is a thread's, which is left behind in that case.
+    let look = move || {
+        rustix::fs::statfs(&target)?;
+        fs::metadata(target)
+    };
+    std::thread::spawn(move || drop(sender.send(look())));
     match receiver.recv_timeout(STAT_PATIENCE) {
         Ok(Ok(metadata)) if metadata.is_dir() => State::Directory,
         Ok(Ok(_)) => State::NotDirectory,
-        Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOTCONN) => State::Dead,
+        // The second is said to who asked when it died.
+        Ok(Err(error))
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOTCONN | libc::ECONNABORTED)
+            ) =>
+        {
+            State::Dead
+        }
         Ok(Err(error)) => State::Other(error),
         Err(_) => State::Hung,
     }
