@@ -42,6 +42,14 @@
 //! 4. Bytes are hashed in order behind the download. A whole blob with the right digest is sealed: renamed into the OCI
 //!    layout that the cache is, and from then on the kernel reads that file itself (FUSE passthrough), without us. With a wrong one it is thrown away, readers get `EIO`, and status and log say why.
 //!
+//! # When the daemon dies
+//!
+//! The kernel ends a FUSE mount when the last descriptor of its device is closed. So another process keeps one: systemd, or a holder
+//! of ours ([`mount::hold`]) that does nothing else. Before the kernel is told of a node, a binding or an open file, that is in a
+//! journal ([`tree::Journal`]), which lies in memory of the kernel's and is kept beside the device. The next daemon reads it,
+//! has every node and handle again under its number ([`tree::Tree::restore`]), has the kernel send once more what was not answered
+//! ([`fuse::Notifier::resend`]) and goes on. `ocifs restart` is the same on purpose.
+//!
 //! # What always holds
 //!
 //! - A read returns the right bytes or an error, never fewer bytes before the end of the file.

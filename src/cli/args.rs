@@ -63,6 +63,8 @@ pub enum Command {
     Pull(Pull),
     /// Package a model directory and upload it, or write it to an OCI layout.
     Push(Push),
+    /// Let another process of the installed program go on with a mount, under its readers.
+    Restart(Restart),
     /// Ask the registry again what a tag points at, for every mount.
     Refresh(Refresh),
     /// Serve an OCI layout, or the cache, as a read-only registry.
@@ -215,6 +217,19 @@ pub struct Status {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `ocifs restart`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs restart                    after an upgrade: every mount, with the settings that it was made with\n  \
+    ocifs restart /models\n\n\
+    Who reads or opens something meanwhile waits for a moment; nothing fails and nothing is read again. Configuration\n\
+    files are read anew. Not for mounts with --foreground outside of a service.")]
+pub struct Restart {
+    /// This mount alone. [default: all of them]
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
+    pub mountpoint: Option<PathBuf>,
 }
 
 /// `ocifs ls`.

@@ -20,6 +20,8 @@ pub enum Exit {
     Corrupt = 6,
     /// The mount or the blob is in use.
     Busy = 7,
+    /// Another process goes on with the mount (`ocifs restart`).
+    HandedOver = 75,
     /// Ended by Ctrl-C or SIGTERM.
     Interrupted = 130,
 }
@@ -40,6 +42,7 @@ Exit codes:
     5  a registry cannot be reached or does not deliver; trying again may help
     6  content does not have its digest
     7  in use
+   75  another process goes on with the mount (ocifs restart)
   130  interrupted; what was fetched is kept
 
 Data goes to stdout, messages to stderr.";

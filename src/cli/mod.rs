@@ -22,9 +22,11 @@ mod prompt;
 mod pull;
 mod push;
 mod refresh;
+mod restart;
 mod run;
 mod serve;
 mod status;
+mod supervise;
 mod typed;
 mod umount;
 
@@ -39,6 +41,10 @@ use exit::Exit;
 
 /// Runs the command that `arguments` ask for (the program's name first); everything it says goes to stdout and stderr.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(code) = supervise::holder(&arguments) {
+        return code;
+    }
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
@@ -68,6 +74,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Umount(args) => umount::run(global, args),
         Command::Status(args) => status::run(global, args),
         Command::Refresh(args) => refresh::run(global, args),
+        Command::Restart(args) => restart::run(global, args),
         Command::Cache(command) => cache::run(global, command),
         Command::Ls(args) => ls::run(global, args),
         Command::Inspect(args) => inspect::run(global, args),

@@ -1,25 +1,28 @@
-//! `ocifs mount`: builds the layers bottom-up and serves them, here or in a process in the background.
+//! `ocifs mount`: builds the layers bottom-up and serves them, here or in a process in the background, anew or where another process
+//! was killed.
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use super::args::{Global, Mount};
 use super::context;
 use super::exit::Exit;
 use super::explain::{Failure, explain};
 use super::progress::eprint;
+use super::supervise::{self, Supervision};
 use crate::blob::{Blobs, Verified};
 use crate::config::Settings;
 use crate::model::Models;
-use crate::mount::{self, Handler, MountOptions, Ready, Request};
+use crate::mount::{self, End, Handler, Keeper, Kept, MountOptions, Ready, Request, Takeover};
 use crate::registry::Reference;
 use crate::tree::{Space, Tree, TreeConfig, TreeError};
 
@@ -32,14 +35,17 @@ pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
     }
     let settings = context::settings(global, args.values()?)?;
     if args.foreground {
-        serve(args, &settings, || Ok(()))?;
-        return Ok(Exit::Ok);
+        return serve(args, &settings, || Ok(()));
     }
     let point = mount::full_path(&args.mountpoint).unwrap_or_else(|_| args.mountpoint.clone());
     let log = log_file(&settings.runtime_dir, &point)?;
     let hides = hides_something(&point);
-    let typed = std::env::args_os()
-        .skip(1)
+    // A holder, and by it the process in the background.
+    let holder = [supervise::HOLDER.into(), point.clone().into_os_string()];
+    let typed = std::env::args_os().skip(1);
+    let typed = holder
+        .into_iter()
+        .chain(typed)
         .chain([OsString::from("--detached")]);
     // What goes wrong there is told with its exit code, on the first line.
     mount::spawn_detached(typed, Some(log), PATIENCE).map_err(|text| {
@@ -79,22 +85,26 @@ fn detached(global: &Global, args: &Mount) -> Exit {
         let signal = || ready.take().map_or(Ok(()), Ready::signal);
         // Known before the mount is up: afterwards the way to it may be gone.
         let point = mount::full_path(&args.mountpoint);
-        serve(args, &settings, signal)?;
+        let exit = serve(args, &settings, signal)?;
         // It went well, so nobody will look for what was said.
-        if let Ok(point) = point {
+        if exit == Exit::Ok
+            && let Ok(point) = point
+        {
             let _ = std::fs::remove_file(settings.runtime_dir.join(log_name(&point)));
         }
-        Ok(())
+        anyhow::Ok(exit)
     })();
-    let Err(error) = result else { return Exit::Ok };
+    let error = match result {
+        Ok(exit) => return exit,
+        Err(error) => error,
+    };
     let explained = explain(&error);
     let text = explained.text(&error).unwrap_or_default();
-    match ready {
-        Some(ready) => {
-            let text = text.strip_prefix("error: ").unwrap_or(&text);
-            let _ = ready.fail(&format!("{}\n{text}", explained.exit as u8));
-        }
-        None => tracing::error!("{text}"),
+    // Where a process before this one was up, nobody hears it but the log.
+    tracing::error!("{text}");
+    if let Some(ready) = ready {
+        let text = text.strip_prefix("error: ").unwrap_or(&text);
+        let _ = ready.fail(&format!("{}\n{text}", explained.exit as u8));
     }
     explained.exit
 }
@@ -138,32 +148,141 @@ fn log_name(point: &Path) -> String {
 }
 
 /// Mounts, says so by `up`, and serves until SIGINT, SIGTERM or an unmount.
-fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>) -> Result<()> {
+fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>) -> Result<Exit> {
+    let mut supervision = Supervision::of_process();
+    let taken = supervision.taken();
     let runtime = context::runtime()?;
     let (models, blobs) = {
         let _entered = runtime.enter();
         context::models(settings)?
     };
-    let (tree, events) = Tree::new(Arc::new(models.clone()), tree_config(settings, &blobs));
+    let mut config = tree_config(settings, &blobs);
+    match &taken {
+        Some(taken) => {
+            config.journal = Some(Arc::clone(&taken.journal));
+            config.started = taken.record.started;
+        }
+        None => config.journal = supervision.journal(),
+    }
+    let life = Life {
+        keeper: supervision.keeper,
+        times: taken.as_ref().map_or(0, |taken| taken.state.times()),
+        why: taken.as_ref().map(|taken| taken.state.reason().to_owned()),
+        next: Notify::new(),
+        start: Instant::now(),
+    };
+    let life = Arc::new(life);
+    let (tree, events) = Tree::new(Arc::new(models.clone()), config);
     let options = MountOptions {
+        keeper: life.keeper.clone(),
         allow_other: settings.allow_other,
         cover: settings.nonempty,
         stack_depth: if blobs.cache().is_on_overlay() { 2 } else { 1 },
         ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
     };
     let watching = tree.clone().follow(blobs.events());
-    let handler = handler(settings, &tree, &models, &blobs);
-    let mount = mount::Mount::new(tree, events, &options, handler, runtime.handle().clone())?;
+    let handler = handler(settings, &tree, &models, &blobs, &life);
+    let on = runtime.handle().clone();
+    let mount = match taken {
+        None => mount::Mount::new(tree, events, &options, handler, on)?,
+        Some(taken) => {
+            let restored = runtime.block_on(tree.restore(taken.state));
+            tracing::info!(
+                nodes = restored.nodes,
+                missing = restored.missing,
+                why = life.why,
+                "taken over"
+            );
+            let takeover = Takeover {
+                left: taken.left,
+                record: taken.record,
+                restored,
+            };
+            mount::Mount::resume(tree, events, &options, handler, on, takeover)?
+        }
+    };
     runtime.spawn(models.tend());
     runtime.spawn(watching);
     up().context("cannot tell that the mount is up")?;
     tracing::info!(path = %mount.info().path.display(), cache = %settings.cache_dir.display(), "mounted");
-    runtime.block_on(mount.run(mount::terminated()))?;
+    life.up(&mount.info().path);
+    let next = life.next.notified();
+    let end = runtime.block_on(mount.run_until(mount::terminated(), next))?;
+    if end == End::HandedOver {
+        tracing::info!("another process goes on");
+        std::mem::forget(runtime);
+        return Ok(Exit::HandedOver);
+    }
+    if let Some(keeper) = &life.keeper {
+        keeper.stopping();
+    }
     tracing::info!("unmounted");
     // The process ends now, and downloads under way with it, as a kill would end them; what they wrote is kept. To shut the
     // runtime down below their feet instead would make them panic.
     std::mem::forget(runtime);
-    Ok(())
+    Ok(Exit::Ok)
+}
+
+/// Where this process stands in the life of its mount.
+#[derive(Debug)]
+struct Life {
+    keeper: Option<Arc<Keeper>>,
+    /// How many processes have served the mount before.
+    times: u64,
+    /// Why the last one of them ended.
+    why: Option<String>,
+    /// Tells that another process is to go on.
+    next: Notify,
+    start: Instant,
+}
+
+impl Life {
+    /// The mount is up.
+    fn up(&self, path: &Path) {
+        let Some(keeper) = &self.keeper else {
+            return;
+        };
+        if let Err(error) = keeper.ready() {
+            tracing::warn!(%error, "the service manager was not told that the mount is up");
+        }
+        let path = path.display();
+        keeper.status(&match &self.why {
+            None => format!("serving {path}"),
+            Some(why) => format!("serving {path}, taken over {} times: {why}", self.times),
+        });
+    }
+
+    /// Has another process go on, once whoever asked for it has heard so.
+    fn restart(self: &Arc<Self>) -> Result<Value, String> {
+        /// How long the answer may take to be written.
+        const ANSWER: Duration = Duration::from_millis(100);
+        let keeper = self.keeper.as_deref();
+        let program = supervise::prepare_restart(keeper).map_err(|error| format!("{error:#}"))?;
+        if let Some(keeper) = keeper {
+            keeper
+                .restart(&program)
+                .map_err(|error| format!("the holder does not hear: {error}"))?;
+        }
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(ANSWER).await;
+            this.next.notify_one();
+        });
+        Ok(json!({ "pid": std::process::id(), "program": program }))
+    }
+
+    /// Who follows should this process die, for people and scripts.
+    fn keeper(&self, tree: &Tree) -> Value {
+        let whole = tree.journal().is_some_and(|journal| journal.is_whole());
+        let (by, pid) = match self.keeper.as_ref().map(|keeper| keeper.who()) {
+            None => ("nobody", None),
+            Some(Kept::HolderGone(_)) => ("nobody: the holder has ended", None),
+            Some(_) if !whole => ("nobody: what a take-over needs could not be kept", None),
+            Some(Kept::Holder(pid)) => ("holder", Some(pid)),
+            Some(Kept::Manager) => ("service manager", None),
+        };
+        json!({ "by": by, "pid": pid })
+    }
 }
 
 fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
@@ -187,14 +306,23 @@ fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
 }
 
 /// Answers `ocifs status` and `ocifs refresh`.
-fn handler(settings: &Settings, tree: &Tree, models: &Models, blobs: &Blobs) -> Handler {
+fn handler(
+    settings: &Settings,
+    tree: &Tree,
+    models: &Models,
+    blobs: &Blobs,
+    life: &Arc<Life>,
+) -> Handler {
     let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
-    let (dir, start): (PathBuf, _) = (settings.cache_dir.clone(), Instant::now());
+    let (dir, life) = (settings.cache_dir.clone(), Arc::clone(life));
     Arc::new(move |request| {
-        let (tree, models, blobs, dir) = (tree.clone(), models.clone(), blobs.clone(), dir.clone());
+        let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
+        let (dir, life) = (dir.clone(), Arc::clone(&life));
         Box::pin(async move {
             match request {
-                Request::Status => Ok(status(&tree, &models, &blobs, &dir, start.elapsed()).await),
+                Request::Status => Ok(status(&tree, &models, &blobs, &dir, &life).await),
+                // A program is run and waited for.
+                Request::Restart => tokio::task::block_in_place(|| life.restart()),
                 Request::Refresh { reference } => {
                     let reference: Reference =
                         reference.parse().map_err(|error| format!("{error}"))?;
@@ -232,7 +360,7 @@ fn causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, up: Duration) -> Value {
+async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, life: &Life) -> Value {
     let usage = blobs.cache().usage();
     let mut shown = Vec::new();
     for bound in tree.bound() {
@@ -268,7 +396,9 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, up: Dur
     json!({
         "pid": std::process::id(),
         "version": env!("CARGO_PKG_VERSION"),
-        "upSeconds": up.as_secs(),
+        "upSeconds": life.start.elapsed().as_secs(),
+        "takenOver": { "times": life.times, "why": life.why },
+        "keeper": life.keeper(tree),
         "offline": blobs.config().offline,
         "passthrough": tree.has_passthrough(),
         "memory": { "limit": blobs.config().memory, "used": used, "peak": peak },

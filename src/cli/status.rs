@@ -67,6 +67,20 @@ fn print(answer: &Value) -> Result<()> {
         line(format_args!("  {}", printable(error)))?;
         return Ok(());
     }
+    let keeper = text(&answer["keeper"]["by"]);
+    let pid = answer["keeper"]["pid"].as_u64();
+    let pid = pid
+        .map(|pid| format!(", process {pid}"))
+        .unwrap_or_default();
+    let times = answer["takenOver"]["times"].as_u64().unwrap_or(0);
+    let taken = match times {
+        0 => String::new(),
+        times => format!(
+            "; taken over {times} times, at last because: {}",
+            text(&answer["takenOver"]["why"])
+        ),
+    };
+    line(format_args!("  kept by {keeper}{pid}{taken}"))?;
     let cache = &answer["cache"];
     line(format_args!(
         "  process {}, version {}, up {}",

@@ -4,27 +4,35 @@
 //! found from the mount table alone. It belongs to the daemon's user (0600, in a directory of 0700). A client sends one
 //! line of JSON and gets one line of JSON: `{"ok": …}` or `{"error": "…"}`.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use rustix::net::SocketAddrUnix;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 
 use super::MountError;
 use super::mountinfo::MountInfo;
+use crate::base::Deadline;
 
 /// The longest line that is read, in bytes.
 const LINE_MAX: u64 = 16 << 20;
 
 /// The longest request, in bytes.
 const REQUEST_MAX: u64 = 64 << 10;
+
+/// Clients that may wait to be answered.
+const BACKLOG: i32 = 128;
 
 /// A client that has sent nothing for so long is let go.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(10);
@@ -40,6 +48,8 @@ pub enum Request {
         /// The tag's reference.
         reference: String,
     },
+    /// End, for another process that goes on in its place.
+    Restart,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,12 +67,15 @@ pub(super) fn socket_path(runtime_dir: &Path, mount: &MountInfo) -> PathBuf {
     runtime_dir.join(format!("{}-{}.sock", mount.major, mount.minor))
 }
 
+/// Device and inode of a socket's name: a later mount may have taken the name.
+pub(super) type Identity = (u64, u64);
+
 /// The daemon's side. The socket goes away when this is dropped.
 #[derive(Debug)]
 pub(super) struct Server {
     path: PathBuf,
-    /// Device and inode of the socket: a later mount may have taken the name.
-    identity: (u64, u64),
+    identity: Identity,
+    listener: OwnedFd,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -93,9 +106,29 @@ impl Server {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
-        let listener = tokio::net::UnixListener::bind(&path).map_err(failed)?;
+        let listener = UnixListener::bind(&path).map_err(failed)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        let identity = identity(&path).map_err(failed)?;
+        Self::listen(path.clone(), listener, handler).map_err(failed)
+    }
+
+    /// Goes on listening at a socket that another process has made. Who asked meanwhile is answered now.
+    pub(super) fn resume(listener: OwnedFd, handler: Handler) -> io::Result<Self> {
+        let (path, _) = named(listener.as_fd()).ok_or(io::ErrorKind::NotFound)?;
+        // Listening once more makes us the process that clients see at the other end.
+        rustix::net::listen(&listener, BACKLOG)?;
+        Self::listen(path, listener.into(), handler)
+    }
+
+    /// The socket, for whoever keeps it open for the next process.
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    fn listen(path: PathBuf, listener: UnixListener, handler: Handler) -> io::Result<Self> {
+        let identity = identity(&path)?;
+        let kept = listener.try_clone()?.into();
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::UnixListener::from_std(listener)?;
         let task = tokio::spawn(async move {
             loop {
                 match listener.accept().await {
@@ -113,17 +146,51 @@ impl Server {
         Ok(Self {
             path,
             identity,
+            listener: kept,
             task,
         })
+    }
+}
+
+/// The name of a socket that listens, where it has one.
+pub(super) fn named(listener: BorrowedFd<'_>) -> Option<(PathBuf, Identity)> {
+    let address = rustix::net::getsockname(listener).ok()?;
+    let address = SocketAddrUnix::try_from(address).ok()?;
+    let path = PathBuf::from(OsStr::from_bytes(address.path()?.to_bytes()));
+    let identity = identity(&path).ok()?;
+    Some((path, identity))
+}
+
+/// Removes a socket's name, if it is this socket's still.
+pub(super) fn remove(path: &Path, was: Identity) {
+    if identity(path).is_ok_and(|now| now == was) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Waits for the name of a mount's socket to be gone: whoever keeps it removes it last. One that nobody keeps is removed
+/// here. Whether it is gone by the deadline.
+pub(super) fn gone_by(runtime_dir: &Path, mount: &MountInfo, deadline: Deadline) -> bool {
+    const LOOK_EVERY: Duration = Duration::from_millis(10);
+    let path = socket_path(runtime_dir, mount);
+    loop {
+        let Ok(identity) = identity(&path) else {
+            return true;
+        };
+        match UnixStream::connect(&path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                remove(&path, identity);
+            }
+            _ if deadline.left().is_zero() => return false,
+            _ => std::thread::sleep(LOOK_EVERY),
+        }
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
+        remove(&self.path, self.identity);
     }
 }
 
@@ -214,6 +281,7 @@ mod tests {
                 match request {
                     Request::Status => Ok(serde_json::json!({ "pid": std::process::id() })),
                     Request::Refresh { reference } => Err(format!("{reference}: not found")),
+                    Request::Restart => Err("no".into()),
                 }
             })
         })
@@ -253,6 +321,15 @@ mod tests {
         .await
         .unwrap();
 
+        // The process that goes on listening answers from then on, also who asked before.
+        let listener = server.descriptor().try_clone_to_owned().unwrap();
+        std::mem::forget(server);
+        let server = Server::resume(listener, handler()).unwrap();
+        let dir = runtime_dir.clone();
+        let ask = move || request(&dir, &mount(), &Request::Status, Duration::from_secs(5));
+        let answer = tokio::task::spawn_blocking(ask).await.unwrap();
+        assert_eq!(answer.unwrap()["pid"], std::process::id());
+
         // The next daemon on the same device number takes the name over, and keeps it when the first one ends.
         let next = Server::start(&runtime_dir, &mount(), handler()).unwrap();
         drop(server);
@@ -267,6 +344,15 @@ mod tests {
         )
         .unwrap_err();
         assert!(matches!(error, MountError::Control { .. }));
+
+        // Of a process that was killed the name stays, and nobody listens.
+        drop(UnixListener::bind(&path).unwrap());
+        let soon = || Deadline::after(Duration::from_millis(50));
+        assert!(gone_by(&runtime_dir, &mount(), soon()));
+        assert!(!path.exists());
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(!gone_by(&runtime_dir, &mount(), soon()));
+        assert_eq!(named(listener.as_fd()).unwrap().0, path);
     }
 
     #[test]

@@ -117,6 +117,13 @@ fn read_answer(reader: &mut PipeReader, patience: Duration) -> io::Result<Vec<u8
 #[derive(Debug)]
 pub struct Ready(PipeWriter);
 
+impl From<Ready> for Stdio {
+    /// The pipe, for a third process that is to say how it went.
+    fn from(ready: Ready) -> Self {
+        ready.0.into()
+    }
+}
+
 impl Ready {
     /// Takes the pipe from stdout, which becomes /dev/null, and leaves the session of the terminal. To be called before
     /// anything is written to stdout.

@@ -12,6 +12,8 @@
 //! | `umount` | taking a mount down from outside |
 //! | `control` | a socket per mount, for `status` and `refresh` |
 //! | `daemon` | going to the background |
+//! | `keeper` | who keeps the descriptors while the daemon is exchanged |
+//! | `holder` | a process of ours that does |
 //! | `mountinfo` | which mounts there are |
 
 mod control;
@@ -19,6 +21,8 @@ mod daemon;
 mod errno;
 mod error;
 mod handler;
+mod holder;
+mod keeper;
 mod mountinfo;
 mod passthrough;
 mod point;
@@ -29,7 +33,9 @@ mod umount;
 pub use control::{Handler, Request, request};
 pub use daemon::{Ready, spawn_detached};
 pub use error::MountError;
+pub use holder::{Plan, Tries, can_take_over, hold};
+pub use keeper::{Keeper, Kept, Left};
 pub use mountinfo::{FS_TYPE, MountInfo, mounts};
 pub use point::{find, full_path};
-pub use session::{Mount, MountOptions, terminated};
+pub use session::{End, Mount, MountOptions, SessionRecord, Takeover, terminated};
 pub use umount::{Umount, Unmounted, unmount};

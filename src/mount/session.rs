@@ -1,24 +1,32 @@
-//! A mount's life: up, serving, down.
+//! A mount's life: up, serving, down, or handed over to another process.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::mount::UnmountFlags;
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::control::{Handler, Server};
 use super::handler::Ocifs;
+use super::keeper::{CONTROL, DEVICE, JOURNAL, Keeper, Left};
 use super::mountinfo::{FS_TYPE, MountInfo};
 use super::passthrough::Backings;
 use super::{MountError, point, umount};
-use crate::fuse::{self, Counts, MountSpec, Notifier, Serving, Session, Wanted};
-use crate::tree::{Invalidation, Tree};
+use crate::fuse::{self, Counts, MountSpec, Negotiated, Notifier, Serving, Session, Wanted};
+use crate::tree::{Invalidation, Journal, Restored, Tree};
 
 /// How long readers of a mount that was busy at the end may finish what they do.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// How long answers under way may take when another process goes on. What is not answered then comes to that one.
+const HAND_OVER: Duration = Duration::from_millis(500);
 
 /// How long those may close their files who were told that nothing more comes.
 const LAST_GRACE: Duration = Duration::from_secs(1);
@@ -42,6 +50,8 @@ pub struct MountOptions {
     pub stack_depth: u32,
     /// Where control sockets are; made (0700) when it is missing.
     pub runtime_dir: PathBuf,
+    /// Who keeps the descriptors for the next process; needs a tree with a journal.
+    pub keeper: Option<Arc<Keeper>>,
 }
 
 impl MountOptions {
@@ -54,8 +64,76 @@ impl MountOptions {
             cover: false,
             stack_depth: 1,
             runtime_dir: runtime_dir.into(),
+            keeper: None,
         }
     }
+}
+
+/// What another process must know of a session beside what is in the tree.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionRecord {
+    negotiated: Negotiated,
+    major: u32,
+    minor: u32,
+    path: Vec<u8>,
+    root: Vec<u8>,
+    kind: String,
+    /// What directories show as their time.
+    pub started: SystemTime,
+}
+
+impl SessionRecord {
+    fn new(negotiated: &Negotiated, info: &MountInfo, started: SystemTime) -> Self {
+        Self {
+            negotiated: negotiated.clone(),
+            major: info.major,
+            minor: info.minor,
+            path: info.path.as_os_str().as_bytes().to_owned(),
+            root: info.root.as_os_str().as_bytes().to_owned(),
+            kind: info.kind.clone(),
+            started,
+        }
+    }
+
+    /// From what [`Journal::session`] was given.
+    ///
+    /// # Errors
+    /// When it is of a version that says other things.
+    pub fn parse(bytes: &[u8]) -> Result<Self, MountError> {
+        serde_json::from_slice(bytes).map_err(|error| MountError::Session(error.into()))
+    }
+
+    fn info(&self) -> MountInfo {
+        let path = |bytes: &[u8]| PathBuf::from(OsString::from_vec(bytes.to_owned()));
+        MountInfo {
+            major: self.major,
+            minor: self.minor,
+            root: path(&self.root),
+            path: path(&self.path),
+            kind: self.kind.clone(),
+        }
+    }
+}
+
+/// What another process has left, and what was made of it.
+#[derive(Debug)]
+pub struct Takeover {
+    /// Its descriptors.
+    pub left: Left,
+    /// What it said of the session.
+    pub record: SessionRecord,
+    /// What the tree has restored.
+    pub restored: Restored,
+}
+
+/// How serving ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The mount is gone.
+    Unmounted,
+    /// Another process is to go on. This one must end at once, without running destructors: an answer that is dropped is an error
+    /// to whoever waits for it.
+    HandedOver,
 }
 
 /// A mount that is up. It is served until [`Mount::run`] returns, and goes down when this is dropped.
@@ -102,19 +180,95 @@ impl Mount {
             _ => return Err(MountError::NotMounted { path }),
         };
         let control = Server::start(&options.runtime_dir, &info, handler)?;
+        if let (Some(keeper), Some(journal)) = (&options.keeper, tree.journal()) {
+            let record = SessionRecord::new(session.negotiated(), &info, tree.started());
+            let kept = keep(keeper, &journal, &record, &session, &control);
+            if let Err(error) = kept {
+                tracing::warn!(%error, "should this process die, the mount ends with it");
+            }
+        }
+        let backings = Backings::default();
+        let mount = Self::serve(
+            session, info, tree, events, options, backings, control, runtime,
+        )?;
+        std::mem::forget(taken_back);
+        Ok(mount)
+    }
+
+    /// Goes on with a mount that another process has served, once [`Tree::restore`] has given what is in `takeover`.
+    pub fn resume(
+        tree: Tree,
+        events: Receiver<Invalidation>,
+        options: &MountOptions,
+        handler: Handler,
+        runtime: Handle,
+        takeover: Takeover,
+    ) -> Result<Self, MountError> {
+        let _entered = runtime.enter();
+        let Takeover {
+            left,
+            record,
+            restored,
+        } = takeover;
+        let info = record.info();
+        let session = Session::resume(left.device, record.negotiated.clone());
+        let backings = match session.negotiated().passthrough() {
+            true => {
+                let (notifier, highest) = (session.notifier(), restored.highest_backing);
+                Backings::adopt(&notifier, restored.backings, highest)
+            }
+            false => {
+                tree.without_passthrough();
+                Backings::default()
+            }
+        };
+        let control = match left.control {
+            Some(listener) => Server::resume(listener, Arc::clone(&handler)),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        let control = match control {
+            Ok(control) => control,
+            Err(error) => {
+                tracing::info!(%error, "a new control socket is made");
+                let control = Server::start(&options.runtime_dir, &info, handler)?;
+                if let Some(keeper) = &options.keeper {
+                    let _ = keeper.keep(CONTROL, control.descriptor());
+                }
+                control
+            }
+        };
+        // Before any request is read here: what this process has read must not be sent again.
+        if let Err(error) = session.notifier().resend() {
+            tracing::debug!(%error, "the mount is gone already");
+        }
+        Self::serve(
+            session, info, tree, events, options, backings, control, runtime,
+        )
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what a mount consists of")]
+    fn serve(
+        session: Session,
+        info: MountInfo,
+        tree: Tree,
+        events: Receiver<Invalidation>,
+        options: &MountOptions,
+        backings: Backings,
+        control: Server,
+        runtime: Handle,
+    ) -> Result<Self, MountError> {
         let filesystem = Ocifs {
             tree,
-            runtime: runtime.clone(),
-            backings: Backings::default(),
+            runtime,
+            backings,
         };
         let serving = notify(session.notifier(), events)
             .and_then(|()| session.serve(filesystem, options.threads.max(2)))
             .map_err(|source| MountError::Setup {
                 action: "cannot start a thread for",
-                path: path.clone(),
+                path: info.path.clone(),
                 source,
             })?;
-        std::mem::forget(taken_back);
         Ok(Self {
             info,
             serving,
@@ -131,6 +285,34 @@ impl Mount {
     /// What the kernel has asked.
     pub fn counts(&self) -> Counts {
         self.serving.counts().clone()
+    }
+
+    /// Like [`run`](Self::run), but when `next` comes, requests are left to the process that goes on from here.
+    pub async fn run_until(
+        self,
+        stop: impl Future<Output = ()>,
+        next: impl Future<Output = ()>,
+    ) -> Result<End, MountError> {
+        tokio::pin!(next);
+        let mut handed_over = false;
+        let this = &self;
+        // Whichever comes first; what `run` does at its end it does for the mount itself.
+        tokio::select! {
+            ended = this.serving.ended() => {
+                let mut this = self;
+                this.down = true;
+                return ended.map(|()| End::Unmounted).map_err(MountError::Session);
+            }
+            () = stop => {}
+            () = &mut next => handed_over = true,
+        }
+        if handed_over {
+            self.serving.hand_over(HAND_OVER).await;
+            std::mem::forget(self);
+            return Ok(End::HandedOver);
+        }
+        self.run(std::future::ready(())).await?;
+        Ok(End::Unmounted)
     }
 
     /// Serves until somebody unmounts, or until `stop` comes: then it unmounts itself, lazily if it is busy, and gives who has files
@@ -163,6 +345,27 @@ impl Mount {
             Err(_) => Ok(()),
         }
     }
+}
+
+/// Gives what another process needs to whoever keeps it.
+fn keep(
+    keeper: &Keeper,
+    journal: &Journal,
+    record: &SessionRecord,
+    session: &Session,
+    control: &Server,
+) -> std::io::Result<()> {
+    if !session.negotiated().resend() {
+        let text =
+            "this kernel cannot send requests once more that a dead process has read (Linux 6.9)";
+        return Err(std::io::Error::new(std::io::ErrorKind::Unsupported, text));
+    }
+    journal.session(&serde_json::to_vec(record)?);
+    keeper.keep(JOURNAL, journal.descriptor())?;
+    keeper.keep(CONTROL, control.descriptor())?;
+    // Last, because with it the mount outlives this process.
+    keeper.keep(DEVICE, session.device())?;
+    keeper.heard()
 }
 
 /// A mount point whose mount goes away again with this.

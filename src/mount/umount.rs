@@ -51,9 +51,19 @@ pub fn unmount(
         Umount::Force => UnmountFlags::FORCE | UnmountFlags::DETACH,
     };
     detach(&mount.path, flags)?;
+    // Without a daemon, what keeps the mount sees at once that it is gone.
+    let patience = match daemon {
+        Some(_) => patience,
+        None => patience.min(Duration::from_secs(5)),
+    };
+    let deadline = crate::base::Deadline::after(patience);
     let still_running = daemon
-        .filter(|(_, process)| !ends_within(process, patience))
+        .filter(|(_, process)| !ends_within(process, deadline.left()))
         .map(|(pid, _)| pid);
+    // Whoever keeps the mount's descriptors goes after the daemon, or without one.
+    if still_running.is_none() && !control::gone_by(runtime_dir, &mount, deadline) {
+        tracing::info!("what kept the mount is still there");
+    }
     Ok(Unmounted {
         path: mount.path,
         still_running,
@@ -107,7 +117,7 @@ fn open_process(pid: u32) -> Option<OwnedFd> {
 }
 
 /// Whether a process ends in time. A file descriptor is waited for, so that its number cannot become another's meanwhile.
-fn ends_within(process: &OwnedFd, patience: Duration) -> bool {
+pub(super) fn ends_within(process: &OwnedFd, patience: Duration) -> bool {
     let deadline = crate::base::Deadline::after(patience);
     loop {
         let left = deadline.left();

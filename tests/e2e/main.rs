@@ -33,5 +33,8 @@ mod ranges;
 mod retries;
 mod serve;
 mod sharing;
+mod takeover;
+mod takeover_ends;
+mod takeover_manager;
 mod tools;
 mod tree;

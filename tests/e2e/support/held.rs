@@ -1,0 +1,201 @@
+//! A mount in the background, with its holder: what `ocifs mount` makes, found and killed by process id.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::mount::{detach, is_mounted, ocifs};
+use super::process::{Output, run_command};
+use super::{PATIENCE, eventually};
+
+/// Taken down, and its processes killed, when dropped.
+pub struct Held {
+    point: PathBuf,
+    holder: u32,
+    /// The control socket and its inode's number: names are used again by other mounts.
+    socket: (PathBuf, u64),
+    _dir: TempDir,
+}
+
+impl Held {
+    /// With these flags beside `--cache-dir`, by the program under test.
+    pub fn start<S: AsRef<OsStr>>(cache: &Path, flags: impl IntoIterator<Item = S>) -> Self {
+        Self::start_as(ocifs(["mount"]), cache, flags)
+    }
+
+    /// By a command that ends in `mount`.
+    pub fn start_as<S: AsRef<OsStr>>(
+        mut command: Command,
+        cache: &Path,
+        flags: impl IntoIterator<Item = S>,
+    ) -> Self {
+        let dir = super::scratch("held");
+        let point = dir.path().join("models");
+        fs::create_dir(&point).unwrap();
+        command.arg("--cache-dir").arg(cache).args(flags);
+        run_command(command.arg(&point), PATIENCE).ok();
+        let mut held = Self {
+            holder: 0,
+            socket: socket_of(&point),
+            point,
+            _dir: dir,
+        };
+        held.holder = number(&held.status()["keeper"]["pid"]);
+        held
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.point
+    }
+
+    pub fn path(&self, below: &str) -> PathBuf {
+        self.point.join(below)
+    }
+
+    pub fn holder(&self) -> u32 {
+        self.holder
+    }
+
+    /// What `ocifs status` tells.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        status_of(&self.point)
+    }
+
+    /// What the daemon says its process is.
+    #[track_caller]
+    pub fn daemon(&self) -> u32 {
+        number(&self.status()["pid"])
+    }
+
+    /// How often the mount was taken over.
+    #[track_caller]
+    pub fn times(&self) -> u64 {
+        let status = self.status();
+        let times = &status["takenOver"]["times"];
+        times.as_u64().unwrap_or_else(|| panic!("{status}"))
+    }
+
+    /// Kills the daemon that runs now, as `kill -9` does, however far it is; its number.
+    #[track_caller]
+    pub fn kill_daemon(&self) -> u32 {
+        let children = format!("/proc/{0}/task/{0}/children", self.holder);
+        let daemon: u32 = eventually(PATIENCE, "the holder starts a daemon", || {
+            let children = fs::read_to_string(&children).expect("the holder runs");
+            let first = children.split_whitespace().next()?;
+            // Between fork and exec it is a copy of the holder still, and a failed start is not what is tested.
+            let name = fs::read(format!("/proc/{first}/cmdline")).ok()?;
+            let first = first.parse().ok()?;
+            (!name.starts_with(b"ocifs\0holder") && is_alive(first)).then_some(first)
+        });
+        kill(daemon, Signal::KILL);
+        daemon
+    }
+
+    pub fn umount(&self) -> Output {
+        run_command(ocifs(["umount"]).arg(&self.point), PATIENCE)
+    }
+
+    /// Nothing is left of it: no process, no mount, no socket.
+    #[track_caller]
+    pub fn assert_gone(&self) {
+        assert!(!is_mounted(&self.point), "still mounted");
+        eventually(Duration::from_secs(20), "its processes end", || {
+            processes(&self.point).is_empty().then_some(())
+        });
+        let (socket, was) = &self.socket;
+        let left = fs::symlink_metadata(socket).is_ok_and(|now| now.ino() == *was);
+        assert!(!left, "{} is left", socket.display());
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let name = self.point.to_str().unwrap().trim_matches('/');
+        let path = format!("/run/ocifs/{}.log", name.replace('/', "-"));
+        if std::thread::panicking() {
+            let log = fs::read_to_string(&path).unwrap_or_default();
+            eprintln!("---- log of {} ----\n{log}\n----", self.point.display());
+        }
+        let _ = fs::remove_file(path);
+        // The holder first, so that nobody follows.
+        for pid in [self.holder].into_iter().chain(processes(&self.point)) {
+            if processes(&self.point).contains(&pid) {
+                kill(pid, Signal::KILL);
+            }
+        }
+        detach(&self.point);
+        let (socket, was) = &self.socket;
+        if fs::symlink_metadata(socket).is_ok_and(|now| now.ino() == *was) {
+            let _ = fs::remove_file(socket);
+        }
+    }
+}
+
+/// What `ocifs status` tells of the mount there.
+#[track_caller]
+pub fn status_of(point: &Path) -> Value {
+    let mut last = Value::Null;
+    // One that is killed while it is asked does not answer.
+    eventually(PATIENCE, "the daemon answers", || {
+        let said = run_command(ocifs(["status", "--json"]).arg(point), PATIENCE).ok();
+        let mut status: Value = serde_json::from_str(&said).expect("--json prints JSON");
+        last = status["mounts"][0].take();
+        last["error"].is_null().then_some(())
+    });
+    last
+}
+
+#[track_caller]
+pub fn number(value: &Value) -> u32 {
+    let number = value.as_u64().and_then(|number| number.try_into().ok());
+    number.unwrap_or_else(|| panic!("{value}"))
+}
+
+fn socket_of(point: &Path) -> (PathBuf, u64) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let point = point.to_str().unwrap();
+    let line = table
+        .lines()
+        .rfind(|line| line.split(' ').nth(4) == Some(point))
+        .expect("it is mounted");
+    let device = line.split(' ').nth(2).unwrap().replace(':', "-");
+    let socket = PathBuf::from(format!("/run/ocifs/{device}.sock"));
+    let inode = fs::symlink_metadata(&socket)
+        .expect("the control socket")
+        .ino();
+    (socket, inode)
+}
+
+/// Processes that have the mount point among their arguments and run.
+pub fn processes(point: &Path) -> Vec<u32> {
+    let wanted = point.as_os_str().as_encoded_bytes();
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter_map(|process| process.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.starts_with(b"ocifs\0")
+                && line.split(|byte| *byte == 0).any(|part| part == wanted)
+                && is_alive(*pid)
+        })
+        .collect()
+}
+
+/// Whether a process runs, a zombie not counted.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
+    !matches!(state, None | Some(Some('Z' | 'X') | None))
+}
+
+pub fn kill(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid.try_into().unwrap()).expect("a process");
+    let _ = kill_process(pid, signal);
+}
