@@ -135,7 +135,9 @@ def trained(seconds=25):
         wide = transformers.LlamaForCausalLM.from_pretrained(folder).float().cuda().eval()
         with torch.no_grad():
             exact = wide(torch.tensor([tokens], device="cuda")).logits[0].float().cpu()
-        compare("trained", folder, model, tokens, exact)
+        # Read again: a model that was cast has the angles of its positions in bf16 too, and is far from what it is when it is loaded.
+        loaded = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+        compare("trained", folder, loaded, tokens, exact)
 
 
 def transformers_speed(model, prompt, count):

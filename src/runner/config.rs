@@ -271,7 +271,11 @@ impl Reader<'_> {
             return Ok(None);
         }
         let experts = Experts {
-            count: self.size("num_experts")?,
+            // transformers 5 writes the second name.
+            count: match self.get("num_experts") {
+                Some(_) => self.size("num_experts")?,
+                None => self.size("num_local_experts")?,
+            },
             chosen: self.size("num_experts_per_tok")?,
             intermediate: self.size("moe_intermediate_size")?,
             normalise: self.flag("norm_topk_prob", false)?,

@@ -2,14 +2,15 @@
 //!
 //! The kernels are in `cuda.cu`. All work of a device is in one stream, so what is launched later sees what was written before.
 
+use candle_core::cuda_backend::CudaDType;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaFunction, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::{CudaDType, CudaFunc};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
+use std::sync::Arc;
 
 use super::attention::Attention;
 use super::config::Activation;
@@ -58,8 +59,24 @@ macro_rules! by_dtype {
     };
 }
 
-fn kernel<T: Element>(device: &CudaDevice, name: &str) -> Result<CudaFunc> {
-    device.get_or_load_custom_func(&format!("{name}_{}", T::NAME), "ocifs", PTX)
+/// A kernel, and the stream that it runs in.
+struct Kernel {
+    function: CudaFunction,
+    stream: Arc<CudaStream>,
+}
+
+impl Kernel {
+    fn builder(&self) -> LaunchArgs<'_> {
+        self.stream.launch_builder(&self.function)
+    }
+}
+
+fn kernel<T: Element>(device: &CudaDevice, name: &str) -> Result<Kernel> {
+    let function = device.get_or_load_custom_func(&format!("{name}_{}", T::NAME), "ocifs", PTX)?;
+    Ok(Kernel {
+        function: function.into_cuda_function(),
+        stream: device.cuda_stream(),
+    })
 }
 
 /// The elements of a contiguous tensor on the device.

@@ -107,11 +107,8 @@ pub(super) fn plan(config: &Config, shards: &Shards) -> Result<Plan> {
         .collect();
     let mut unused: Vec<&str> = shards
         .names()
-        .filter(|name| {
-            !used.contains(name)
-                && !name.ends_with("rotary_emb.inv_freq")
-                && !(config.tied && *name == "lm_head.weight")
-        })
+        .filter(|name| !used.contains(name) && !name.ends_with("rotary_emb.inv_freq"))
+        .filter(|name| !config.tied || *name != "lm_head.weight")
         .collect();
     unused.sort_unstable();
     match unused.first() {

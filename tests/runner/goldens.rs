@@ -136,7 +136,18 @@ fn furthest(a: &[f32], b: &[f32]) -> f32 {
 fn every_family_computes_what_transformers_does() {
     let all = all();
     let names: Vec<&str> = all.iter().map(|golden| golden.name.as_str()).collect();
-    for family in ["llama", "llama3", "llama_linear_bias", "mistral", "qwen2"] {
+    // Those that end in `_5` are of transformers 5, which spells rope settings and experts differently.
+    for family in [
+        "llama",
+        "llama3",
+        "llama_linear_bias",
+        "mistral",
+        "qwen2",
+        "llama3_5",
+        "qwen3_5",
+        "qwen3_moe_5",
+        "gemma3_5",
+    ] {
         assert!(names.contains(&family), "{names:?}");
     }
     for golden in all {
