@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::json;
 
+use super::bounded;
 use super::names;
 use super::notes::quote;
 use super::safetensors::Header;
@@ -14,6 +15,8 @@ use super::safetensors::Header;
 pub(super) const NAME: &str = "model.safetensors.index.json";
 /// Largest packaged index that is looked into.
 pub(super) const LARGEST: u64 = 64 << 20;
+/// Most tensors of a packaged index; models of a trillion parameters have a tenth of them.
+const MOST_TENSORS: usize = 1_000_000;
 /// The end of a safetensors file's name.
 pub(super) const EXTENSION: &str = ".safetensors";
 
@@ -28,7 +31,13 @@ impl WeightMap {
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Index {
+            #[serde(deserialize_with = "tensors")]
             weight_map: BTreeMap<String, String>,
+        }
+        fn tensors<'de, D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> Result<BTreeMap<String, String>, D::Error> {
+            bounded::texts(deserializer, MOST_TENSORS)
         }
         let index: Index = serde_json::from_slice(json).map_err(|error| error.to_string())?;
         let mut shards = index.weight_map;

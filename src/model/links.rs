@@ -6,6 +6,9 @@
 
 /// The most links that are followed for one path (MAXSYMLINKS in the kernel's `include/linux/namei.h`).
 const MOST_HOPS: usize = 40;
+/// The most components that are gone through for one path, those of the links on its way included. The kernel has no such limit, but
+/// an artifact may have a hundred thousand links, each over forty others of four thousand characters.
+const MOST_STEPS: usize = 256;
 
 /// What there is at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +30,8 @@ pub(super) enum Lost {
     Dangling,
     /// Too many links on the way.
     Loop,
+    /// Too long a way.
+    Far,
 }
 
 /// Where `path` leads from the directory `from`; `there` tells what is at a path without following links.
@@ -46,8 +51,12 @@ pub(super) fn follow<'a>(
     }
     // `at` borrows from `from`, which may live shorter than what links say: owned from here on.
     let mut at: Vec<String> = at.into_iter().map(str::to_owned).collect();
-    let mut hops = 0;
+    let (mut hops, mut steps) = (0, 0);
     while let Some(component) = rest.pop() {
+        steps += 1;
+        if steps > MOST_STEPS {
+            return Err(Lost::Far);
+        }
         match component {
             "" | "." => continue,
             ".." => {
@@ -144,6 +153,24 @@ mod tests {
             follow("", "bin/new/x", true, there).unwrap(),
             "usr/bin/new/x"
         );
+    }
+
+    #[test]
+    fn a_way_of_thousands_of_steps_is_not_gone() {
+        let long = "a/../".repeat(800);
+        let asked = std::cell::Cell::new(0);
+        let counted = |path: &str| {
+            asked.set(asked.get() + 1);
+            match path {
+                "l" => There::Link(&long),
+                "a" => There::Directory,
+                _ => There::Nothing,
+            }
+        };
+        // Forty links of sixteen hundred components each.
+        let path = "l/".repeat(40);
+        assert_eq!(follow("", &path, false, counted), Err(Lost::Far));
+        assert!(asked.get() <= MOST_STEPS, "{}", asked.get());
     }
 
     #[test]

@@ -30,6 +30,7 @@ use crate::registry::RegistryError;
 mod answers;
 mod background;
 mod bases;
+mod bounded;
 mod chunked;
 mod contents;
 mod convention;

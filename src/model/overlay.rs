@@ -170,6 +170,7 @@ impl Layout {
             let why = match why {
                 Lost::Dangling => "leads nowhere",
                 Lost::Loop => "leads in a circle",
+                Lost::Far => "leads over too many directories",
             };
             let (path, target) = (quote(&path), quote(&target));
             let more = if lost > 1 {

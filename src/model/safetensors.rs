@@ -8,12 +8,17 @@ use std::fmt;
 use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::bounded;
 use crate::base::ByteRange;
 
 /// Bytes of the length field.
 pub(super) const PREFIX: u64 = 8;
 /// Longest header that the safetensors library reads.
 const LONGEST: u64 = 100_000_000;
+/// Most tensors of one file.
+const MOST_TENSORS: usize = 500_000;
+/// Most entries of `__metadata__`: what a training program notes are a few dozen.
+const MOST_METADATA: usize = 10_000;
 /// Most dimensions of a tensor; frameworks stop at 8 to 64.
 const MOST_DIMENSIONS: usize = 64;
 
@@ -192,6 +197,15 @@ fn shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u64>, D::Erro
     deserializer.deserialize_seq(Dimensions)
 }
 
+/// `__metadata__`.
+struct Metadata(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        bounded::texts(deserializer, MOST_METADATA).map(Self)
+    }
+}
+
 struct RawHeader {
     tensors: Vec<(String, RawTensor)>,
     metadata: BTreeMap<String, String>,
@@ -221,7 +235,11 @@ impl<'de> Deserialize<'de> for RawHeader {
                         )));
                     }
                     if name == "__metadata__" {
-                        header.metadata = map.next_value()?;
+                        header.metadata = map.next_value::<Metadata>()?.0;
+                    } else if header.tensors.len() == MOST_TENSORS {
+                        return Err(de::Error::custom(format!(
+                            "it has more than {MOST_TENSORS} tensors"
+                        )));
                     } else {
                         header.tensors.push((name, map.next_value()?));
                     }

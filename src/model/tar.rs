@@ -187,6 +187,16 @@ enum Kind {
     LeftOut(&'static str),
 }
 
+impl Kind {
+    /// What a link says.
+    fn target(&self) -> &[u8] {
+        match self {
+            Self::Symlink(target) | Self::HardLink(target) => target,
+            _ => &[],
+        }
+    }
+}
+
 impl Walk {
     /// A walk over a tar of `size` bytes by windows of `window` bytes, larger ones where headers lie close together.
     pub(super) fn new(size: u64, window: u64) -> Self {
@@ -268,7 +278,7 @@ impl Walk {
 
     fn take(&mut self, entry: Entry) -> Result<(), TarError> {
         self.entries += 1;
-        self.name_bytes += entry.name.len();
+        self.name_bytes += entry.name.len() + entry.kind.target().len();
         if self.entries > MOST_ENTRIES {
             return Err(TarError::TooLarge("100000 members"));
         }

@@ -308,6 +308,23 @@ fn links_and_directories_are_members_without_bytes() {
 }
 
 #[test]
+fn what_links_say_counts_as_names_do() {
+    let mut builder = Builder::new(Vec::new());
+    let target = "a/".repeat(2000);
+    for n in 0..MOST_NAME_BYTES / target.len() + 1 {
+        let mut header = header(EntryType::Symlink, 0);
+        builder
+            .append_link(&mut header, format!("l{n}"), &target)
+            .unwrap();
+    }
+    let tar = builder.into_inner().unwrap();
+    assert_eq!(
+        list(&tar, 1 << 20),
+        Err(TarError::TooLarge("16 MiB of names"))
+    );
+}
+
+#[test]
 fn a_million_members_end_soon() {
     let started = Instant::now();
     let tar = raw(b"x", EntryType::Regular, 0).repeat(1_000_000);

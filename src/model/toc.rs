@@ -6,8 +6,9 @@
 use std::io::Read as _;
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
+use super::bounded;
 use super::chunked::Chunk;
 use super::inflate::{self, Compression};
 use super::manifest::Descriptor;
@@ -19,11 +20,11 @@ use crate::base::{ByteRange, Digest};
 
 /// The largest table, compressed and uncompressed.
 const LARGEST: u64 = 64 << 20;
-const LARGEST_JSON: u64 = 512 << 20;
+const LARGEST_JSON: u64 = 256 << 20;
 /// The largest piece, compressed or not: it is held in memory.
 const LARGEST_CHUNK: u64 = 64 << 20;
 /// Most entries.
-const MOST_ENTRIES: usize = 1_000_000;
+const MOST_ENTRIES: usize = 500_000;
 /// Notes about what was left out.
 const MOST_NOTES: usize = 20;
 
@@ -88,7 +89,13 @@ pub(super) fn table(layer: &Descriptor, footer: &[u8]) -> Option<ByteRange> {
 
 #[derive(Deserialize)]
 struct Table {
+    #[serde(deserialize_with = "entries")]
     entries: Vec<Entry>,
+}
+
+/// At most [`MOST_ENTRIES`]: an empty entry is two characters of JSON and a hundred times that in memory.
+fn entries<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Entry>, D::Error> {
+    bounded::list(deserializer, MOST_ENTRIES)
 }
 
 #[derive(Deserialize, Default)]
@@ -125,12 +132,14 @@ pub(super) fn parse(toc: Toc, place: ByteRange, compressed: &[u8]) -> Result<Lis
             json
         }
     };
-    let table: Table = serde_json::from_slice(&json)
+    list(&json, place.start())
+}
+
+/// What the JSON of a table lists; `end` is where the last piece ends at the latest.
+pub(super) fn list(json: &[u8], end: u64) -> Result<Listing, String> {
+    let table: Table = serde_json::from_slice(json)
         .map_err(|error| format!("it cannot be understood: {error}"))?;
-    if table.entries.len() > MOST_ENTRIES {
-        return Err(format!("it has more than {MOST_ENTRIES} entries"));
-    }
-    list(&table.entries, place.start())
+    members(&table.entries, end)
 }
 
 fn check(expected: Digest, actual: Digest) -> Result<(), String> {
@@ -141,7 +150,7 @@ fn check(expected: Digest, actual: Digest) -> Result<(), String> {
 }
 
 /// The table in the tar that ends an eStargz layer.
-fn last_tar(compressed: &[u8]) -> Result<Vec<u8>, String> {
+pub(super) fn last_tar(compressed: &[u8]) -> Result<Vec<u8>, String> {
     let bad = |error: std::io::Error| format!("it cannot be read: {error}");
     let tar = Compression::Gzip.decoder(compressed).map_err(bad)?;
     let mut archive = tar::Archive::new(tar.take(LARGEST_JSON));
@@ -156,8 +165,8 @@ fn last_tar(compressed: &[u8]) -> Result<Vec<u8>, String> {
     Err(format!("there is no {TABLE}"))
 }
 
-/// Entries as members; `end` is where the last piece ends at the latest.
-fn list(entries: &[Entry], end: u64) -> Result<Listing, String> {
+/// Entries as members.
+fn members(entries: &[Entry], end: u64) -> Result<Listing, String> {
     let mut starts: Vec<u64> = entries
         .iter()
         .filter(|entry| matches!(entry.kind.as_str(), "reg" | "chunk"))

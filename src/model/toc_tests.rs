@@ -147,6 +147,13 @@ fn tables_that_lie_are_refused_as_a_whole() {
     assert!(wrong.unwrap_err().contains("should have"));
 }
 
+#[test]
+fn a_table_of_millions_of_empty_entries_is_refused_while_it_is_read() {
+    let json = format!(r#"{{"entries":[{}{{}}]}}"#, "{},".repeat(MOST_ENTRIES));
+    let refused = list(json.as_bytes(), 0).unwrap_err();
+    assert!(refused.contains("more than 500000 items"), "{refused}");
+}
+
 proptest! {
     #[test]
     fn no_table_makes_it_panic(
