@@ -15,6 +15,9 @@ use crate::model::{ModelConfig, Platform};
 use crate::registry::{RegistryConfig, default_auth_files};
 
 mod file;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod nearest;
 mod parse;
 #[cfg(test)]

@@ -19,6 +19,9 @@ mod entry;
 mod evict;
 #[cfg(test)]
 mod faults;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod index;
 mod layout;
 mod lock;

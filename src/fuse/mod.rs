@@ -20,6 +20,9 @@
 mod abi;
 mod answer;
 mod device;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod init;
 mod interrupt;
 mod mounting;

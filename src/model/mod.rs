@@ -38,6 +38,9 @@ mod created;
 mod decompress;
 mod fetch;
 mod flight;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod index;
 mod inflate;
 mod layout;

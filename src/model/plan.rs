@@ -262,7 +262,7 @@ fn has_compressed(manifest: &Manifest) -> bool {
 
 /// Notes the digests of the layers' uncompressed forms: those of an image config (image-spec config.md, `rootfs.diff_ids`), of
 /// ModelPack's (`modelfs.diffIds`), and what ORAS says of a folder that it packed.
-fn note_diff_ids(manifest: &mut Manifest, config: &[u8]) {
+pub(super) fn note_diff_ids(manifest: &mut Manifest, config: &[u8]) {
     #[derive(serde::Deserialize, Default)]
     #[serde(default)]
     struct Config {

@@ -54,7 +54,7 @@ pub enum Request {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Response {
+pub(super) enum Response {
     Ok(Value),
     Error(String),
 }

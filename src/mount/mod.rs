@@ -20,6 +20,9 @@ mod control;
 mod daemon;
 mod errno;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handler;
 mod holder;
 mod keeper;

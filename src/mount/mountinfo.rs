@@ -41,7 +41,7 @@ pub fn mounts() -> io::Result<Vec<MountInfo>> {
 }
 
 /// One line. Bytes, because a path need not be UTF-8.
-fn parse(line: &[u8]) -> Option<MountInfo> {
+pub(super) fn parse(line: &[u8]) -> Option<MountInfo> {
     let mut fields = line.split(|byte| *byte == b' ');
     let device = std::str::from_utf8(fields.nth(2)?).ok()?;
     let (major, minor) = device.split_once(':')?;

@@ -161,7 +161,7 @@ fn fixed(kind: u32) -> Option<u64> {
     }
 }
 
-fn parse(source: impl Read) -> io::Result<Gguf> {
+pub(super) fn parse(source: impl Read) -> io::Result<Gguf> {
     let mut source = Source(source.take(LONGEST));
     let magic: [u8; 4] = source.bytes()?;
     let version = source.u32()?;

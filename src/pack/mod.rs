@@ -8,6 +8,9 @@
 
 mod card;
 mod classify;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod gguf;
 pub mod layout;
 mod manifest;

@@ -185,7 +185,7 @@ fn header(file: &SourceFile) -> Result<Result<Vec<(String, u64)>, String>, PackE
 }
 
 /// The tensors that a header lists, without its `__metadata__`.
-fn tensors(text: &[u8]) -> Result<Vec<(String, u64)>, String> {
+pub(super) fn tensors(text: &[u8]) -> Result<Vec<(String, u64)>, String> {
     #[derive(Deserialize)]
     struct Tensor {
         dtype: String,

@@ -115,6 +115,15 @@ impl AuthFile {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl AuthFile {
+    /// How many entries a host has, under any spelling.
+    pub(super) fn auths_of(&self, host: &str) -> usize {
+        let keys = self.auths.keys();
+        keys.filter(|key| same_host(key, host)).count()
+    }
+}
+
 async fn read_bounded(file: &Path) -> io::Result<Vec<u8>> {
     use tokio::io::AsyncReadExt;
     let mut text = Vec::new();

@@ -199,7 +199,7 @@ fn certificates(place: &Path) -> Option<Trust> {
 }
 
 /// Parses a `hosts.toml`.
-fn parse(text: &str, path: &Path, registry: &str) -> Result<Registered, Unusable> {
+pub(super) fn parse(text: &str, path: &Path, registry: &str) -> Result<Registered, Unusable> {
     let line = |offset: usize| {
         1 + text.as_bytes()[..offset]
             .iter()

@@ -127,14 +127,6 @@ fn program(name: &str) -> Result<String, String> {
 }
 
 async fn get(program: &OsStr, server: &str, patience: Duration) -> Answer {
-    /// What `get` prints.
-    #[derive(serde::Deserialize)]
-    struct Login {
-        #[serde(rename = "Username")]
-        username: String,
-        #[serde(rename = "Secret")]
-        secret: String,
-    }
     let said = talk(program, "get", server.as_bytes(), patience).await?;
     if !said.success {
         return if said.is_not_found() {
@@ -143,20 +135,29 @@ async fn get(program: &OsStr, server: &str, patience: Duration) -> Answer {
             Err(said.complaint(program, "get"))
         };
     }
-    // serde_json's message may quote the secret.
-    let login: Login = serde_json::from_slice(&said.stdout)
-        .map_err(|_| format!("{} does not answer in JSON", program.to_string_lossy()))?;
-    match (login.username.is_empty(), login.secret.is_empty()) {
+    let (username, secret) = login(&said.stdout)
+        .ok_or_else(|| format!("{} does not answer in JSON", program.to_string_lossy()))?;
+    match (username.is_empty(), secret.expose().is_empty()) {
         (_, true) => Ok(None),
         (true, false) => Err(format!(
             "{} gives a secret without a user name",
             program.to_string_lossy()
         )),
-        (false, false) => Ok(Some(Credentials::login(
-            login.username,
-            Secret::new(login.secret),
-        ))),
+        (false, false) => Ok(Some(Credentials::login(username, secret))),
     }
+}
+
+/// What `get` prints. serde_json's message is left out: it may quote the secret.
+pub(super) fn login(printed: &[u8]) -> Option<(String, Secret)> {
+    #[derive(serde::Deserialize)]
+    struct Login {
+        #[serde(rename = "Username")]
+        username: String,
+        #[serde(rename = "Secret")]
+        secret: String,
+    }
+    let login: Login = serde_json::from_slice(printed).ok()?;
+    Some((login.username, Secret::new(login.secret)))
 }
 
 /// Gives a login to a helper to keep.

@@ -26,6 +26,9 @@ mod client;
 mod credentials;
 mod dial;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod helper;
 mod hosts;
 mod keep;

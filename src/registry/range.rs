@@ -116,7 +116,7 @@ fn range_header(range: ByteRange) -> Option<HeaderValue> {
 
 /// What a response head promises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Promise {
+pub(super) enum Promise {
     /// This many bytes from the start of the range.
     Range(u64),
     /// The whole blob.
@@ -127,7 +127,7 @@ enum Promise {
 const BULK: u64 = 1 << 20;
 
 /// Checks the head of a 200 or 206 against what was asked for.
-fn check_head(
+pub(super) fn check_head(
     status: u16,
     headers: &HeaderMap,
     range: ByteRange,

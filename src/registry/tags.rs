@@ -61,11 +61,6 @@ impl Peer {
         &self,
         call: &Call<'_>,
     ) -> Result<(Vec<Tag>, Option<String>), RegistryError> {
-        #[derive(serde::Deserialize)]
-        struct Page {
-            #[serde(default)]
-            tags: Option<Vec<String>>,
-        }
         let mut answer = self.call_once(call).await?;
         if answer.response.status() != 200 {
             return Err(self.refusal(answer, call).await);
@@ -88,23 +83,28 @@ impl Peer {
             .transport
             .read(&mut answer.response, LONGEST_PAGE, &call.what)
             .await?;
-        let page: Page =
-            serde_json::from_slice(&body).map_err(|error| RegistryError::Protocol {
-                what: call.what.clone(),
-                reason: format!("the answer is no JSON list of tags (line {})", error.line()),
-            })?;
-        let tags = page
-            .tags
-            .unwrap_or_default()
-            .iter()
-            .filter_map(|tag| tag.parse().ok())
-            .collect();
+        let tags = page(&body).map_err(|line| RegistryError::Protocol {
+            what: call.what.clone(),
+            reason: format!("the answer is no JSON list of tags (line {line})"),
+        })?;
         Ok((tags, next))
     }
 }
 
+/// The tags on a page, without what cannot be one; else the line where it is no such page.
+pub(super) fn page(body: &[u8]) -> Result<Vec<Tag>, usize> {
+    #[derive(serde::Deserialize)]
+    struct Page {
+        #[serde(default)]
+        tags: Option<Vec<String>>,
+    }
+    let page: Page = serde_json::from_slice(body).map_err(|error| error.line())?;
+    let tags = page.tags.unwrap_or_default();
+    Ok(tags.iter().filter_map(|tag| tag.parse().ok()).collect())
+}
+
 /// The target of `<target>; rel="next"` in a Link header (RFC 8288).
-fn next_page(header: &str) -> Option<&str> {
+pub(super) fn next_page(header: &str) -> Option<&str> {
     let mut rest = header;
     while let Some((_, tail)) = rest.split_once('<') {
         let (target, parameters) = tail.split_once('>')?;

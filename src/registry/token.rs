@@ -196,18 +196,22 @@ pub(super) async fn fetch(
     let body = transport
         .read(&mut answer.response, LONGEST_ANSWER, &what)
         .await?;
-    // serde_json's message is left out: it may quote the token.
-    let bad = |reason: &str| RegistryError::Protocol {
-        what: what.clone(),
+    parse(&body).map_err(|reason| RegistryError::Protocol {
+        what,
         reason: reason.to_owned(),
-    };
-    let parsed: TokenAnswer = serde_json::from_slice(&body)
-        .map_err(|_| bad("the answer is not the JSON of a token server"))?;
+    })
+}
+
+/// Reads a token server's answer.
+pub(super) fn parse(body: &[u8]) -> Result<Token, &'static str> {
+    // serde_json's message is left out: it may quote the token.
+    let parsed: TokenAnswer =
+        serde_json::from_slice(body).map_err(|_| "the answer is not the JSON of a token server")?;
     let token = [parsed.token, parsed.access_token]
         .into_iter()
         .flatten()
         .find(|token| !token.is_empty())
-        .ok_or_else(|| bad("the answer has no token"))?;
+        .ok_or("the answer has no token")?;
     Ok(Token {
         token: Secret::new(token),
         lifetime: lifetime(parsed.expires_in),

@@ -60,7 +60,7 @@ impl Index {
         self.media_types.get(digest).map(String::as_str)
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         #[derive(Deserialize)]
         struct Document {
             #[serde(default)]

@@ -13,6 +13,9 @@
 //! # Ok(()) }
 //! ```
 
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod layout;
 mod names;
 mod range;

@@ -34,7 +34,7 @@ pub(super) type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 /// What a path asks for. Names, tags and digests are checked here: no later step sees another string.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Route {
+pub(super) enum Route {
     Base,
     Tag { repository: String, tag: String },
     Manifest { repository: String, digest: Digest },
@@ -44,7 +44,7 @@ enum Route {
 
 /// An error of the distribution-spec ("Error Codes").
 #[derive(Debug)]
-struct Refusal {
+pub(super) struct Refusal {
     status: StatusCode,
     code: &'static str,
     message: String,
@@ -140,7 +140,7 @@ fn answer(
     }
 }
 
-fn route(path: &str) -> Result<Route, Refusal> {
+pub(super) fn route(path: &str) -> Result<Route, Refusal> {
     let unknown = || Refusal::new(StatusCode::NOT_FOUND, "UNSUPPORTED", "no such endpoint");
     let rest = path.strip_prefix("/v2").ok_or_else(unknown)?;
     if matches!(rest, "" | "/") {
@@ -213,7 +213,7 @@ fn manifest(
 }
 
 /// The media type of a manifest that no index describes: its own `mediaType`, else told by its fields.
-fn media_type_inside(bytes: &[u8]) -> Option<String> {
+pub(super) fn media_type_inside(bytes: &[u8]) -> Option<String> {
     let document: serde_json::Value = serde_json::from_slice(bytes).ok()?;
     if let Some(media_type) = document.get("mediaType").and_then(|value| value.as_str()) {
         return Some(media_type.to_owned());
@@ -313,7 +313,7 @@ fn stream_file(file: File, range: ByteRange, digest: Digest, stats: Stats) -> Bo
     StreamBody::new(pieces).boxed_unsync()
 }
 
-fn tags(
+pub(super) fn tags(
     index: &Index,
     repository: &str,
     query: &str,

@@ -24,6 +24,9 @@ mod config;
 mod error;
 mod file_like;
 mod files;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handles;
 mod journal;
 mod list;
