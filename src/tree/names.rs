@@ -90,8 +90,9 @@ fn unaliased_host(name: &str) -> Option<String> {
     if port.is_empty() || !port.bytes().all(|digit| digit.is_ascii_digit()) {
         return None;
     }
-    let host = format!("{host}:{port}");
-    Repository::is_host(&host).then_some(host)
+    // The one spelling that its directory has.
+    let normal = repository(&format!("{host}:{port}"), "a/a")?;
+    Some(normal.host().to_owned())
 }
 
 /// `localhost:5000` → `localhost_5000_`.
@@ -176,6 +177,7 @@ mod tests {
             ("GHCR.io", link("ghcr.io")),
             ("index.docker.io", link("docker.io")),
             ("localhost_5000_", link("localhost:5000")),
+            ("LocalHost_5000_", link("localhost:5000")),
             ("my.host_80_", link("my.host:80")),
             ("user", link("docker.io/user")),
             ("gpt2:v1", link("docker.io/library/gpt2:v1")),
