@@ -28,8 +28,8 @@ impl PlainHosts {
 
     /// Whether a server at `from` may send us to `to`.
     ///
-    /// Plain HTTP only to hosts that are listed, and on loopback only when a loopback server says so: a server
-    /// far away has no business with what listens on this machine.
+    /// Plain HTTP only to hosts that are listed, and on loopback only when a loopback server says so that speaks it itself: a server
+    /// far away has no business with what listens on this machine, and what begins with TLS goes on with it.
     pub(super) fn allow(&self, from: &Url, to: &Url) -> Result<(), String> {
         let Some(host) = to.host_str() else {
             return Err(format!("{} names no host", shown(to)));
@@ -40,7 +40,13 @@ impl PlainHosts {
         match to.scheme() {
             "https" => Ok(()),
             "http" if self.lists(&address_of(to)) => Ok(()),
-            "http" if is_loopback(host) && from.host_str().is_some_and(is_loopback) => Ok(()),
+            "http"
+                if is_loopback(host)
+                    && from.scheme() == "http"
+                    && from.host_str().is_some_and(is_loopback) =>
+            {
+                Ok(())
+            }
             "http" => Err(format!(
                 "{} is plain HTTP, which is not allowed for {host} (--plain-http {host} allows it)",
                 shown(to)
@@ -148,6 +154,7 @@ mod tests {
                 "http://localhost/d",
                 Some("http://localhost/d"),
             ),
+            ("https://localhost:5000/v2/x", "http://127.0.0.1:9/d", None),
             ("https://r.io/v2/x", "https://u:p@r.io/d", None),
             ("https://r.io/v2/x", "file:///etc/passwd", None),
             ("https://r.io/v2/x", "ftp://r.io/d", None),
