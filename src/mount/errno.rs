@@ -29,6 +29,7 @@ pub(super) fn errno(error: &TreeError) -> Errno {
         TreeError::NotLink => Errno::INVAL,
         TreeError::NameTooLong => Errno::NAMETOOLONG,
         TreeError::NoAttribute => Errno::NODATA,
+        TreeError::NoNamespace => Errno::OPNOTSUPP,
     }
 }
 

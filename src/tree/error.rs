@@ -90,6 +90,9 @@ pub enum TreeError {
     /// There is no such extended attribute.
     #[error("no such attribute")]
     NoAttribute,
+    /// There are no extended attributes of that kind.
+    #[error("no such kind of attribute")]
+    NoNamespace,
 }
 
 impl TreeError {

@@ -623,6 +623,9 @@ async fn attributes_are_those_of_a_read_only_disk() {
         xattr("security.selinux"),
         Err(TreeError::NoAttribute)
     ));
+    for other in ["system.posix_acl_access", "nothing"] {
+        assert!(matches!(xattr(other), Err(TreeError::NoNamespace)));
+    }
     assert!(matches!(
         xattr("user.oci.reference"),
         Err(TreeError::NoAttribute)
