@@ -1,4 +1,4 @@
-//! Memory: how much of it is taken when nothing is said, and that the allocator gives back what is free.
+//! Memory: how much of it is taken when nothing is said, that the allocator gives back what is free, and that nobody else reads it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,15 @@ const SHARE: u64 = 8;
 /// Bounds of it: less makes reads slow, more does not make them faster.
 const LEAST: u64 = 32 << 20;
 const MOST: u64 = 256 << 20;
+
+/// Nobody reads this process's memory but root: it leaves no core file, and no other process of the user may trace it. Passwords and
+/// tokens are in it, and a core file goes wherever the machine sends those (core(5)). A panic still tells where it was.
+pub(super) fn keep_private() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::debug!(%error, "a crash would leave a core file");
+    }
+}
 
 /// An eighth of the memory of the machine or of the tightest control group, at least 32 MiB, at most 256 MiB.
 pub(super) fn default() -> u64 {

@@ -53,6 +53,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
         }
     };
+    memory::keep_private();
     memory::one_heap();
     context::log_to_stderr(&cli);
     match dispatch(&cli) {
