@@ -14,6 +14,7 @@ packages=(
     fuse3 util-linux mount
     docker-registry skopeo apache2-utils nginx-light iproute2 jq
     buildah umoci zstd gzip
+    fio squashfs-tools nftables g++
     attr rsync tar diffutils findutils procps
     python3 python3-venv python3-torch
 )

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer, Published};
+use crate::support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer};
 use crate::support::content::Content;
 use crate::support::model::{SampleModel, assert_same_files};
 use crate::support::mount::{Mount, ocifs};
@@ -260,24 +260,6 @@ fn client_certificates_are_shown_to_the_server_that_asks_for_them() {
     assert!(said.contains("certificate"), "{said}");
 }
 
-/// A docker-registry on a machine of the network.
-fn registry_on(machine: &Machine, dir: &Path) -> Daemon {
-    let config = json!({
-        "version": "0.1",
-        "log": {"level": "warn"},
-        "storage": {"filesystem": {"rootdirectory": dir.join("data")}},
-        "http": {"addr": format!("{}:5000", machine.address), "secret": "of no use outside this test"},
-    });
-    let file = dir.join("config.yml");
-    fs::write(&file, config.to_string()).unwrap();
-    let mut command = machine.command("docker-registry");
-    command.arg("serve").arg(&file);
-    listening(
-        machine,
-        Daemon::start("docker-registry", &mut command, &dir.join("log")),
-    )
-}
-
 /// nginx as a cache of the registry on another machine: what several ask for at once it fetches once.
 fn cache_on(machine: &Machine, dir: &Path, upstream: &Machine) -> Daemon {
     let (dir_text, address) = (dir.display(), machine.address);
@@ -303,31 +285,7 @@ fn cache_on(machine: &Machine, dir: &Path, upstream: &Machine) -> Daemon {
     fs::write(&file, config).unwrap();
     let mut command = machine.command("nginx");
     command.arg("-c").arg(&file);
-    listening(
-        machine,
-        Daemon::start("nginx", &mut command, &dir.join("log")),
-    )
-}
-
-fn listening(machine: &Machine, daemon: Daemon) -> Daemon {
-    eventually(PATIENCE, "the registry answers", || {
-        let mut command = machine.command("curl");
-        command.args(["-s", "-f", &format!("http://{}:5000/v2/", machine.address)]);
-        let answered = run_command(&mut command, PATIENCE).status.success();
-        answered.then_some(())
-    });
-    daemon
-}
-
-fn publish_on(machine: &Machine, artifact: &Artifact, name: &str) -> Published {
-    let layout = scratch("layout");
-    let published = artifact.write(layout.path(), "m");
-    let mut skopeo = machine.command("skopeo");
-    skopeo.args(["--insecure-policy", "copy", "-q", "--dest-tls-verify=false"]);
-    skopeo.arg(format!("oci:{}:m", layout.path().display()));
-    skopeo.arg(format!("docker://{}:5000/{name}", machine.address));
-    run_command(&mut skopeo, PATIENCE).ok();
-    published
+    machine.listening(Daemon::start("nginx", &mut command, &dir.join("log")))
 }
 
 /// Four nodes, a mirror and a registry, each on a machine of its own, and the kernel counts what the registry's machine sends.
@@ -338,9 +296,9 @@ fn four_nodes_of_one_mirror_cost_the_registry_one_model_and_its_death_nothing() 
     let mut network = Network::new();
     let (origin, mirror) = (network.machine(), network.machine());
     let (origin_dir, mirror_dir, dir) = (scratch("origin"), scratch("mirror"), scratch("hosts"));
-    let _registry = registry_on(&origin, origin_dir.path());
-    publish_on(&origin, &weights(size, 330), "org/m:v1");
-    publish_on(&origin, &weights(size, 331), "org/m:v2");
+    let _registry = origin.registry(origin_dir.path());
+    origin.publish(&weights(size, 330), "org/m:v1");
+    origin.publish(&weights(size, 331), "org/m:v2");
     let mut cache = cache_on(&mirror, mirror_dir.path(), &origin);
     let name = format!("{}:5000", origin.address);
     hosts(
@@ -361,17 +319,7 @@ fn four_nodes_of_one_mirror_cost_the_registry_one_model_and_its_death_nothing() 
                 "--prefetch".to_owned(),
                 "none".to_owned(),
             ]);
-            Mount::start_as(cache.path(), flags, |command| {
-                let mut on_node = node.command(command.get_program());
-                on_node.args(command.get_args());
-                for (key, value) in command.get_envs() {
-                    match value {
-                        Some(value) => on_node.env(key, value),
-                        None => on_node.env_remove(key),
-                    };
-                }
-                *command = on_node;
-            })
+            Mount::start_as(cache.path(), flags, |command| node.wrap(command))
         })
         .collect();
     let file = |tag: &str| format!("{name}/org/m:{tag}/model.safetensors");

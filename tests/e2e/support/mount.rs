@@ -87,6 +87,11 @@ impl Mount {
         self.point.join(below)
     }
 
+    /// The daemon's process id.
+    pub fn process(&self) -> u32 {
+        self.daemon.pid().as_raw_nonzero().get().cast_unsigned()
+    }
+
     /// What the daemon said.
     pub fn log(&self) -> String {
         self.daemon.log()
