@@ -12,7 +12,10 @@ pub fn settings(data: &[u8]) {
         assert!(!error.to_string().is_empty());
     }
     for option in mount_options(&text) {
-        let _ = values.option(option);
+        // Nobody goes on behind a mistake, which takes long to explain.
+        if values.option(option).is_err() {
+            break;
+        }
     }
     let items = parse::split(&text);
     assert!(items.iter().map(String::len).sum::<usize>() <= text.len());
