@@ -44,7 +44,8 @@ const TARGETS: &[Target] = &[
     ("name", ocifs::tree::fuzzing::name, 40),
     ("names", ocifs::model::fuzzing::names, 100),
     ("note", ocifs::model::fuzzing::note, 4000),
-    ("reference", ocifs::registry::fuzzing::reference, 100),
+    // The regular expressions of oci-client keep tables of what they have seen.
+    ("reference", ocifs::registry::fuzzing::reference, 1 << 20),
     ("refusal", ocifs::registry::fuzzing::refusal, 200),
     ("request", ocifs::fuse::fuzzing::request, 40),
     ("safetensors", ocifs::model::fuzzing::safetensors, 100),
