@@ -247,6 +247,52 @@ fn links_whiteouts_and_hard_links_are_laid_over_each_other() {
 }
 
 #[test]
+fn no_link_puts_a_file_where_none_may_be() {
+    let long = "x".repeat(300);
+    let deep = "a/".repeat(40);
+    let members = |items: &[(&str, Item)]| {
+        let member = |(path, item): &(&str, Item)| Member {
+            path: (*path).into(),
+            offset: 0,
+            size: 1,
+            item: item.clone(),
+            stamp: Stamp::default(),
+        };
+        Ok(Listing {
+            form: Form::Plain,
+            members: items.iter().map(member).collect(),
+            notes: vec![],
+            entries: items.len(),
+        })
+    };
+    let link = |target: &str| Item::Symlink(target.into());
+    let below = [
+        ("ours", link(".oci")),
+        ("long", link(&long)),
+        ("deep", link(&deep)),
+        ("new", link("made")),
+    ];
+    let above = [
+        ("ours/manifest.json", Item::File),
+        ("long/x", Item::File),
+        ("deep/x", Item::File),
+        ("new/x", Item::File),
+        ("ours/d", Item::Directory),
+    ];
+    let tars = BTreeMap::from([(0, members(&below)), (1, members(&above))]);
+    let steps = [tar(0, Clash::Overlay), tar(1, Clash::Overlay)];
+    let layout = lay_out(&manifest(2), &steps, &tars, None);
+    let files: Vec<&str> = layout.files.keys().map(String::as_str).collect();
+    assert_eq!(files, ["made/x", "new"]);
+    assert!(
+        !layout
+            .directories
+            .iter()
+            .any(|path| path.starts_with(".oci"))
+    );
+}
+
+#[test]
 fn too_many_files_are_a_problem() {
     let paths: Vec<String> = (0..MOST_FILES / 2 + 1).map(|n| n.to_string()).collect();
     let paths: Vec<&str> = paths.iter().map(String::as_str).collect();

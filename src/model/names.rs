@@ -81,6 +81,11 @@ pub(super) fn directory(name: &[u8]) -> Result<String, Refusal> {
     checked(&components)
 }
 
+/// Whether a path without `.` and `..` can be that of a file or directory.
+pub(super) fn is_proper(path: &str) -> bool {
+    checked(&path.split('/').collect::<Vec<_>>()).is_ok()
+}
+
 /// Whether this can be the target of a symbolic link. Where it leads is for `links` to find out.
 pub(super) fn is_target(target: &str) -> bool {
     !target.is_empty() && target.len() <= LONGEST_PATH && !target.chars().any(char::is_control)

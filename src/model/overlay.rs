@@ -2,6 +2,7 @@
 
 use super::layout::{Layout, Placed, Source, Taken};
 use super::links::{self, Lost, There};
+use super::names;
 use super::notes::quote;
 use super::stamp::Stamp;
 use super::tar::Listing;
@@ -124,7 +125,10 @@ impl Layout {
     /// The directory that a path leads to over links.
     fn physical(&self, directory: &str) -> String {
         links::follow("", directory, true, |path| self.there(path))
-            .unwrap_or_else(|_| directory.to_owned())
+            .ok()
+            // Of what a link says nothing was checked: nothing is put where no file may be.
+            .filter(|end| end.is_empty() || names::is_proper(end))
+            .unwrap_or_else(|| directory.to_owned())
     }
 
     /// Makes each link lead straight and relative to where it leads in the end, or leaves it out.
