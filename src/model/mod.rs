@@ -13,7 +13,7 @@
 //!
 //! What decides is pure and tested by itself: `manifest`, `convention`, `names`, `tar`, `toc`, `safetensors`, `shards`, `index`,
 //! `layout`, `overlay`, `links`, `bases`, `answers`. What acts is in `plan` and `weights` (in which order to read what, over the small trait of
-//! `fetch`) and in `models` (sharing, deadlines, what is remembered). No byte of a weight is read to build a model, beyond the headers of
+//! `fetch`) and in `models` (sharing, deadlines, what is remembered; `assemble` opens the blobs). No byte of a weight is read to build a model, beyond the headers of
 //! safetensors layers that have no name or no index.
 
 use std::collections::BTreeMap;
@@ -28,6 +28,7 @@ use crate::cache::{self, Data};
 use crate::registry::RegistryError;
 
 mod answers;
+mod assemble;
 mod background;
 mod bases;
 mod bounded;

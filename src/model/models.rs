@@ -11,16 +11,16 @@ use crate::cache::{NoteKind, TagRecord};
 use crate::registry::{Reference, Repository, Tag};
 
 use super::answers::Answers;
+use super::assemble::assemble;
 use super::bases::Pin;
 use super::chunked::Pieces;
 use super::fetch::{LARGEST_MANIFEST, Remote, on_disk};
 use super::flight::Flights;
-use super::layout::Source;
-use super::manifest::{self, Descriptor, Document, Manifest};
-use super::plan::{Part, Plan, PlannedFile, build};
+use super::manifest::{self, Descriptor, Document};
+use super::plan::{Part, Plan, build};
 use super::plans::Plans;
 use super::unpacked::UnpackedLayers;
-use super::{ChunkedFile, Content, File, Link, Model, ModelConfig, ModelError};
+use super::{Content, Model, ModelConfig, ModelError};
 
 /// Most repositories that a blob is said to be in.
 const MOST_REPOSITORIES: usize = 16;
@@ -603,7 +603,13 @@ impl Shared {
         if let Some(model) = self.in_use(&plan.digest, repository) {
             return model;
         }
-        let model = Arc::new(self.with_blobs(plan, repository));
+        let model = Arc::new(assemble(
+            &self.blobs,
+            &self.layers,
+            &self.pieces,
+            plan,
+            repository,
+        ));
         let mut live = lock(&self.live);
         // Another thread may have been faster.
         if let Some(model) = live.get(&plan.digest).and_then(|live| live.model.upgrade()) {
@@ -616,80 +622,6 @@ impl Shared {
         };
         live.insert(plan.digest, entry);
         model
-    }
-
-    fn with_blobs(&self, plan: &Plan, repository: &Repository) -> Model {
-        let mut by_digest = HashMap::new();
-        let mut blobs = Vec::new();
-        let own = (&plan.manifest.layers, repository);
-        let bases = plan.bases.iter();
-        let all = [own]
-            .into_iter()
-            .chain(bases.map(|base| (&base.manifest.layers, &base.repository)));
-        let all = all
-            .flat_map(|(layers, repository)| layers.iter().map(move |layer| (layer, repository)));
-        for (descriptor, repository) in [(&plan.manifest.config, repository)].into_iter().chain(all)
-        {
-            by_digest.entry(descriptor.digest).or_insert_with(|| {
-                let blob = self
-                    .blobs
-                    .open(descriptor.digest, descriptor.size, repository);
-                blobs.push(Arc::clone(&blob));
-                blob
-            });
-        }
-        let layer = |layer: usize| plan.layer(layer);
-        let blob = |n: usize| Arc::clone(&by_digest[&layer(n).digest]);
-        let file = |planned: &PlannedFile| {
-            let content = match &planned.source {
-                Source::Made(bytes) => Content::Inline(bytes.clone()),
-                Source::Layer { layer, offset } => Content::Blob {
-                    blob: blob(*layer),
-                    offset: *offset,
-                },
-                Source::Unpacked { layer: n, offset } => Content::Unpacked {
-                    layer: self.layers.open(&blob(*n), layer(*n).diff_id),
-                    offset: *offset,
-                },
-                Source::Chunks { layer, chunks } => {
-                    let pieces = self.pieces.clone();
-                    let file = ChunkedFile::new(blob(*layer), Arc::clone(chunks), pieces);
-                    Content::Chunked(Arc::new(file))
-                }
-                Source::Link(_) => return None,
-            };
-            Some(File {
-                path: planned.path.clone(),
-                size: planned.size,
-                digest: planned.digest,
-                media_type: planned.media_type.clone(),
-                modified: planned.stamp.modified(),
-                executable: planned.stamp.executable,
-                content,
-            })
-        };
-        let link = |planned: &PlannedFile| match &planned.source {
-            Source::Link(target) => Some(Link {
-                path: planned.path.clone(),
-                target: target.clone(),
-            }),
-            _ => None,
-        };
-        Model {
-            digest: plan.digest,
-            manifest_digest: plan.manifest_id.digest,
-            manifest_size: plan.manifest_id.size,
-            manifest: Manifest::clone(&plan.manifest),
-            packaging: plan.packaging,
-            created: plan.created,
-            files: plan.files.iter().filter_map(file).collect(),
-            links: plan.files.iter().filter_map(link).collect(),
-            empty_directories: plan.empty.clone(),
-            oci: plan.oci.iter().filter_map(file).collect(),
-            blobs,
-            notes: plan.notes.clone(),
-            problem: plan.problem.clone(),
-        }
     }
 }
 
