@@ -205,10 +205,7 @@ fn an_address_that_expires_is_renewed_in_the_middle_of_a_file() {
         "{renewed} addresses, {refused} refusals in {took:?}"
     );
     assert_eq!(cdn.count(400), denied, "nobody sends credentials along");
-    assert_eq!(
-        mount.xattr(&below, "user.ocifs.verified").as_deref(),
-        Some("true")
-    );
+    mount.verified(&below);
 }
 
 #[test]

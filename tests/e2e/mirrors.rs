@@ -124,10 +124,7 @@ fn a_mirror_that_dies_in_the_middle_of_a_file_is_not_noticed() {
     );
     let log = mount.log();
     assert!(log.contains("mirror left for the next server"), "{log}");
-    assert_eq!(
-        mount.xattr(&below, "user.ocifs.verified").as_deref(),
-        Some("true")
-    );
+    mount.verified(&below);
 }
 
 #[test]

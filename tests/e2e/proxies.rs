@@ -147,10 +147,7 @@ fn parts_of_large_files_go_through_tunnels_of_their_own() {
         });
         let below = "registry.test/org/m:v1/model.safetensors";
         assert!(mount.read(below) == weights.bytes(0, SIZE), "{http}");
-        assert_eq!(
-            mount.xattr(below, "user.ocifs.verified").as_deref(),
-            Some("true")
-        );
+        mount.verified(below);
         mount.unmount();
         let asked = proxy.asked().split_off(before);
         let tunnel = "CONNECT registry.test:443";

@@ -160,10 +160,7 @@ fn a_layer_of_one_large_file_is_read_while_it_is_first_unpacked() {
             first * 2 < all,
             "{tag}: the first bytes came after {first:?}, the last after {all:?}"
         );
-        eventually(PATIENCE, "it is verified", || {
-            let verified = mount.xattr(&file, "user.ocifs.verified");
-            (verified.as_deref() == Some("true")).then_some(())
-        });
+        mount.verified(&file);
     }
     // Two files are told from one, however small the second and whoever wrote the tar.
     let two = ["weights.bin", "small.bin"];

@@ -209,6 +209,14 @@ impl Mount {
             .unwrap_or_else(|error| panic!("{below}: {error}"))
     }
 
+    /// Waits until a file is known to be right, which is found out behind its last read.
+    pub fn verified(&self, below: &str) {
+        eventually(PATIENCE, "it is verified", || {
+            let verified = self.xattr(below, "user.ocifs.verified");
+            (verified.as_deref() == Some("true")).then_some(())
+        });
+    }
+
     /// An extended attribute as text; `None` when there is no such attribute.
     pub fn xattr(&self, below: &str, name: &str) -> Option<String> {
         let (path, name) = (self.path(below), name.to_owned());
