@@ -11,7 +11,7 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 # The compiler, the FUSE tools, the registry and clients that ocifs is tested against, and the ordinary tools that read its tree.
 packages=(
     gcc libc6-dev ca-certificates curl openssl
-    fuse3 util-linux mount
+    fuse3 util-linux mount e2fsprogs
     docker-registry skopeo apache2-utils nginx-light iproute2 jq
     buildah umoci zstd gzip
     fio squashfs-tools nftables g++

@@ -15,7 +15,7 @@ use super::flight::{Flight, Urgency};
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
 use crate::base::{ByteRange, Deadline, lock, start};
-use crate::cache::Writer;
+use crate::cache::{CacheError, Writer};
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
 /// How often to look whether another process has brought what it is fetching.
@@ -343,7 +343,11 @@ impl LazyBlob {
                 flight.advance(writer.whole(writer.position()));
                 return true;
             };
-            tracing::warn!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
+            tracing::debug!(digest = %self.digest, error = %Chain(&error), "the cache takes no more; reading on without it");
+            if matches!(error, CacheError::Io { .. }) {
+                let entry = Arc::clone(writer.entry());
+                self.distrust(&entry, &error);
+            }
             sink.gathered.put_back(pieces);
             // The part of a chunk that was written before is not marked, so its readers ask for it again.
             sink.target = Target::Memory { at: start };

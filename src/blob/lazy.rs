@@ -202,7 +202,16 @@ impl LazyBlob {
                 }
                 Err(error) => {
                     slot.failed = Some(Instant::now());
-                    tracing::warn!(digest = %self.digest, error = %Chain(&error), "reading without the cache");
+                    self.shared.cache.failed(&error);
+                    match error {
+                        // That is said once for all blobs.
+                        CacheError::Io { .. } => {
+                            tracing::debug!(digest = %self.digest, error = %Chain(&error), "reading without the cache");
+                        }
+                        _ => {
+                            tracing::warn!(digest = %self.digest, error = %Chain(&error), "reading without the cache");
+                        }
+                    }
                     if matches!(error, CacheError::WrongLength { .. })
                         && !self.examined.swap(true, Ordering::AcqRel)
                     {
@@ -494,7 +503,8 @@ impl LazyBlob {
         if !self.let_go(entry, Some(Instant::now())) {
             return; // somebody else was faster
         }
-        tracing::warn!(digest = %self.digest, error = %Chain(error), "the cache cannot be read; reading without it");
+        self.shared.cache.failed(error);
+        tracing::debug!(digest = %self.digest, error = %Chain(error), "the cache fails; reading without it");
         self.verified.send_if_modified(|verified| {
             let was = *verified == Verified::Yes;
             if was {

@@ -6,9 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use super::Shared;
 use super::budget::Reservation;
 use super::flight::Urgency;
+use super::{Blobs, Shared};
 use crate::base::lock;
 use crate::cache::Data;
 
@@ -63,6 +63,20 @@ struct Roomed {
 impl AsRef<[u8]> for Roomed {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
+    }
+}
+
+/// Memory of the budget that a layer above uses, until this is dropped.
+#[derive(Debug)]
+pub struct Memory {
+    _room: Reservation,
+}
+
+impl Blobs {
+    /// Memory for `bytes` bytes that are kept in case somebody wants them, if it is to be had now.
+    pub fn try_room(&self, bytes: u64) -> Option<Memory> {
+        let room = self.shared.try_room(bytes, Urgency::Fill)?;
+        Some(Memory { _room: room })
     }
 }
 

@@ -30,6 +30,7 @@ mod verify;
 
 pub use hashers::HashCost;
 pub use lazy::{Hold, LazyBlob};
+pub use memory::Memory;
 
 use budget::Budget;
 use hashers::Hashers;

@@ -264,6 +264,13 @@ impl ChunkMap {
         Ok(sound)
     }
 
+    /// Counts all chunks as absent in this process.
+    pub(super) fn forget(&self) {
+        for slot in &self.slots {
+            slot.store(0, Ordering::Release);
+        }
+    }
+
     /// Claims the chunks of `range` for fetching, against other processes.
     pub(super) fn claim(&self, range: ByteRange) -> io::Result<Option<Claim>> {
         let chunks = self.chunks(range);

@@ -28,6 +28,7 @@ pub(super) enum Step<'a> {
     SetLen(&'a File, u64),
     Allocate(&'a File),
     Sync(&'a File),
+    Lost(&'a File),
     SyncDir(&'a Path),
     Rename(&'a Path, &'a Path),
     Remove(&'a Path),
@@ -223,6 +224,30 @@ pub(super) fn allocate(file: &File, from: u64, len: u64) -> io::Result<bool> {
 /// Makes a file's bytes and length durable.
 pub(super) fn sync(file: &File) -> io::Result<()> {
     step(Step::Sync(file), || file.sync_data())
+}
+
+/// Whether the kernel has failed to write bytes of the file to the disk since this was asked last: it may forget them, and will read
+/// what the disk had before. Waits for nothing but the first page.
+pub(super) fn has_lost_bytes(file: &File) -> bool {
+    step(Step::Lost(file), || {
+        // SAFETY: the descriptor is open for as long as `file` lives, and no memory is passed.
+        let told = unsafe {
+            libc::sync_file_range(
+                std::os::fd::AsRawFd::as_raw_fd(file),
+                0,
+                1,
+                libc::SYNC_FILE_RANGE_WAIT_BEFORE,
+            )
+        };
+        if told == 0 {
+            return Ok(());
+        }
+        Err(io::Error::last_os_error())
+    })
+    // Not every file system knows the call.
+    .is_err_and(|error| {
+        is_full(&error) || matches!(error.raw_os_error(), Some(libc::EIO | libc::EROFS))
+    })
 }
 
 /// Makes renames, removals and new names in `dir` durable.

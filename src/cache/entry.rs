@@ -19,9 +19,9 @@
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Read as _};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use rustix::fs::{Timespec, Timestamps};
@@ -35,6 +35,9 @@ use crate::base::{ByteRange, Digest, Hasher};
 
 /// The last use of a blob is noted again only when the note is older than this.
 const TOUCH_AFTER: Duration = Duration::from_secs(1);
+
+/// So many milliseconds pass before the disk is asked again whether it has lost bytes.
+const ASK_AFTER: u64 = 500;
 
 /// Fewer bytes than these are copied: that costs less than two system calls with a page table between them.
 const MAP_FROM: u64 = 32 << 10;
@@ -51,6 +54,9 @@ pub struct Entry {
     state: AtomicU8,
     /// All of the data file, made when it is first of use; `None` where it cannot be had.
     mapping: OnceLock<Option<Arc<Map>>>,
+    /// When the disk was last asked whether it has lost bytes, in milliseconds after [`Entry::opened`].
+    asked: AtomicU64,
+    opened: Instant,
     /// The last field: it goes once the files above are closed.
     closing: Closing,
 }
@@ -112,6 +118,8 @@ impl Entry {
             map: None,
             state: AtomicU8::new(SEALED),
             mapping: OnceLock::new(),
+            asked: AtomicU64::new(0),
+            opened: Instant::now(),
             closing: Closing::new(cache),
         }))
     }
@@ -211,6 +219,8 @@ impl Entry {
             map: Some(map),
             state: AtomicU8::new(PARTIAL),
             mapping: OnceLock::new(),
+            asked: AtomicU64::new(0),
+            opened: Instant::now(),
             closing: Closing::new(cache),
         }))
     }
@@ -340,7 +350,7 @@ impl Entry {
         let Some(map) = self.open_map() else {
             return Ok(true);
         };
-        if !map.has(range) {
+        if !map.has(range) || self.has_lost_bytes() {
             return Ok(false);
         }
         let sound = map
@@ -350,6 +360,23 @@ impl Entry {
             tracing::warn!(digest = %self.digest, %range, "cached bytes were damaged; fetching them again");
         }
         Ok(sound)
+    }
+
+    /// Whether the disk has lost bytes of a blob on its way since they were written; it is discarded then. The kernel tells it when it
+    /// is asked, and reads on from what it has in memory until it needs that for something else.
+    fn has_lost_bytes(&self) -> bool {
+        let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let last = self.asked.load(Ordering::Relaxed);
+        if now < last.saturating_add(ASK_AFTER) {
+            return false;
+        }
+        self.asked.store(now, Ordering::Relaxed);
+        let lost = disk::has_lost_bytes(&self.data);
+        if lost {
+            tracing::warn!(digest = %self.digest, "the disk has lost bytes of the cache; they are fetched again");
+            self.discard();
+        }
+        lost
     }
 
     fn read_unchecked(&self, range: ByteRange) -> io::Result<Bytes> {
@@ -458,6 +485,7 @@ impl Entry {
         let Some(map) = self.open_map() else { return };
         self.state.store(DISCARDED, Ordering::Release);
         self.closing.discarded.store(true, Ordering::Release);
+        map.forget();
         let _ = map.set_state(State::Discarded);
         let data = self.cache.layout().data(&self.digest);
         let removed = self.cache.locked(|| {
@@ -490,7 +518,7 @@ impl Entry {
     fn gone(&self) -> CacheError {
         CacheError::Unusable {
             path: self.path(),
-            reason: "the blob is sealed and takes no more bytes".to_owned(),
+            reason: "the blob is decided on and takes no more bytes".to_owned(),
         }
     }
 }
@@ -560,6 +588,11 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// What it fills.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+
     /// The offset that the next byte goes to.
     pub fn position(&self) -> u64 {
         self.at

@@ -22,6 +22,7 @@ mod faults;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod health;
 mod index;
 mod layout;
 mod lock;
@@ -47,6 +48,7 @@ pub use unpacked::{Growing, Unpacker, Unpacking};
 
 use crate::base::Digest;
 use disk::Access;
+use health::Health;
 use layout::Layout;
 use space::Space;
 
@@ -149,6 +151,7 @@ pub struct Cache {
 struct Inner {
     layout: Layout,
     space: Space,
+    health: Health,
 }
 
 impl Cache {
@@ -162,6 +165,7 @@ impl Cache {
             inner: Arc::new(Inner {
                 layout,
                 space: Space::new(config.limit),
+                health: Health::default(),
             }),
         };
         cache.sweep();
@@ -242,7 +246,8 @@ impl Cache {
         let keep = || layout::replace(&path, content).map_err(CacheError::io("write", &path));
         let kept = self.reserve(content.len() as u64, keep);
         if let Err(error) = kept {
-            tracing::warn!(%digest, %error, "not kept in the cache");
+            self.failed(&error);
+            tracing::debug!(%digest, %error, "not kept in the cache");
         }
     }
 
@@ -266,8 +271,11 @@ impl Cache {
 
     /// Remembers what a tag points at. Best effort: a failure is logged.
     pub fn set_tag(&self, record: &TagRecord) {
-        if let Err(error) = tags::set(&self.layout().tags_dir(), record) {
-            tracing::warn!(name = record.name, %error, "a tag's digest is not kept in the cache");
+        let dir = self.layout().tags_dir();
+        if let Err(error) = tags::set(&dir, record).map_err(CacheError::io("write a tag to", &dir))
+        {
+            self.failed(&error);
+            tracing::debug!(name = record.name, %error, "a tag's digest is not kept in the cache");
         }
     }
 
@@ -303,7 +311,8 @@ impl Cache {
                 .map_err(CacheError::io("write", &path))
         });
         if let Err(error) = published {
-            tracing::warn!(name, %error, "not entered in the cache's index.json");
+            self.failed(&error);
+            tracing::debug!(name, %error, "not entered in the cache's index.json");
         }
     }
 

@@ -53,7 +53,8 @@ impl Cache {
             return;
         }
         if let Err(error) = self.reserve(content.len() as u64, write) {
-            tracing::warn!(digest = %layer, %error, "what was found out about a layer is not kept");
+            self.failed(&error);
+            tracing::debug!(digest = %layer, %error, "what was found out about a layer is not kept");
         }
     }
 

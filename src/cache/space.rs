@@ -199,12 +199,14 @@ impl Cache {
     ) -> Result<(), CacheError> {
         let space = &self.inner.space;
         let _alone = guard(&space.reserving);
-        if self.estimate()?.surely_fits(bytes, space.limit) {
+        let known = self.estimate().inspect_err(|error| self.failed(error))?;
+        if known.surely_fits(bytes, space.limit) {
             match allocate() {
                 Err(CacheError::Full { .. }) => {}
                 allocated => {
-                    allocated?;
+                    allocated.inspect_err(|error| self.failed(error))?;
                     space.took(bytes);
+                    self.worked();
                     return Ok(());
                 }
             }
@@ -242,9 +244,11 @@ impl Cache {
                 }
                 if done.is_err() {
                     *guard(&space.exhausted) = Some(Instant::now());
+                    self.disk_is_full();
                 }
             }
-            done?;
+            done.inspect_err(|error| self.failed(error))?;
+            self.worked();
             space.found(allocated.saturating_add(bytes));
             Ok(())
         });

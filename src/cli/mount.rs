@@ -403,7 +403,7 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, life: &
         "passthrough": tree.has_passthrough(),
         "memory": { "limit": blobs.config().memory, "used": used, "peak": peak },
         "hashing": { "bytes": hashing.bytes, "cpuSeconds": hashing.processor.as_secs_f64() },
-        "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit },
+        "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit, "trouble": blobs.cache().trouble() },
         "models": shown,
         "blobs": live.collect::<Vec<_>>(),
     })

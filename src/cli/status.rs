@@ -94,6 +94,9 @@ fn print(answer: &Value) -> Result<()> {
         bytes(&cache["allocated"]),
         bytes(&cache["limit"])
     ))?;
+    if let Some(trouble) = cache["trouble"].as_str() {
+        line(format_args!("  NOT USED: {}", printable(trouble)))?;
+    }
     let none = Vec::new();
     let models = answer["models"].as_array().unwrap_or(&none);
     let rows: Vec<[String; 4]> = models

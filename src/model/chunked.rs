@@ -6,14 +6,18 @@ use std::sync::{Arc, Mutex};
 
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 
 use super::fetch::on_disk;
 use super::inflate::Compression;
 use crate::base::{ByteRange, Digest, lock};
-use crate::blob::{BlobError, LazyBlob};
+use crate::blob::{BlobError, Blobs, LazyBlob, Memory};
 
-/// Bytes of pieces that are kept, all files together: a sequential reader comes back to the same piece many times.
-const KEPT: usize = 64 << 20;
+/// Bytes of pieces that are kept, all files together: a sequential reader comes back to the same piece many times. No more than the
+/// eighth part of the memory that ocifs may use.
+const KEPT: u64 = 64 << 20;
+/// Pieces that are opened at a time: each takes a core, and memory for its bytes.
+const AT_ONCE: usize = 4;
 
 /// One piece of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -84,24 +88,55 @@ impl Chunk {
 }
 
 /// Pieces that were read lately; clones share them.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Pieces(Arc<Mutex<VecDeque<(Digest, Bytes)>>>);
+#[derive(Clone, Debug)]
+pub(super) struct Pieces {
+    blobs: Blobs,
+    kept: Arc<Mutex<VecDeque<Piece>>>,
+    turns: Arc<Semaphore>,
+}
+
+#[derive(Debug)]
+struct Piece {
+    digest: Digest,
+    bytes: Bytes,
+    _room: Memory,
+}
 
 impl Pieces {
+    pub(super) fn new(blobs: Blobs) -> Self {
+        Self {
+            blobs,
+            kept: Arc::default(),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
+        }
+    }
+
     fn get(&self, digest: &Digest) -> Option<Bytes> {
-        let mut kept = lock(&self.0);
-        let at = kept.iter().position(|(known, _)| known == digest)?;
+        let mut kept = lock(&self.kept);
+        let at = kept.iter().position(|piece| piece.digest == *digest)?;
         let piece = kept.remove(at)?;
-        let bytes = piece.1.clone();
+        let bytes = piece.bytes.clone();
         kept.push_back(piece);
         Some(bytes)
     }
 
-    fn keep(&self, digest: Digest, piece: Bytes) {
-        let mut kept = lock(&self.0);
-        kept.push_back((digest, piece));
-        while kept.len() > 1 && kept.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() > KEPT {
-            kept.pop_front();
+    /// Keeps a piece if there is memory for it.
+    fn keep(&self, digest: Digest, bytes: Bytes) {
+        let (len, most) = (bytes.len() as u64, KEPT.min(self.blobs.config().memory / 8));
+        let mut kept = lock(&self.kept);
+        let used = |kept: &VecDeque<Piece>| {
+            let lens = kept.iter().map(|piece| piece.bytes.len() as u64);
+            lens.sum::<u64>()
+        };
+        while used(&kept) + len > most && kept.pop_front().is_some() {}
+        if len <= most
+            && let Some(room) = self.blobs.try_room(len)
+        {
+            kept.push_back(Piece {
+                digest,
+                bytes,
+                _room: room,
+            });
         }
     }
 }
@@ -158,6 +193,12 @@ impl ChunkedFile {
     }
 
     async fn fetch(&self, chunk: Chunk) -> Result<Bytes, BlobError> {
+        // Never closed.
+        let _turn = self.pieces.turns.acquire().await.ok();
+        // Whoever had the turn before may have opened the same piece.
+        if let Some(piece) = self.pieces.get(&chunk.digest) {
+            return Ok(piece);
+        }
         let compressed = self.blob.read(chunk.compressed()).await?;
         let bad = |reason| BlobError::Undecodable {
             digest: self.blob.digest(),

@@ -17,11 +17,12 @@ use crate::cache::{Entry, Unpacker};
 const STEP: usize = 1 << 20;
 
 impl Unpacked {
-    /// Blocks on the disk and on what feeds it.
+    /// Blocks on the disk and on what feeds it. Looks back no further than `window`.
     pub(super) fn decompress(
         &self,
         mut unpacker: Unpacker,
         mut feed: Feed,
+        window: u64,
         progress: &watch::Sender<Progress>,
     ) -> Result<Entry, BlobError> {
         let digest = self.blob.digest();
@@ -46,7 +47,7 @@ impl Unpacked {
         let mut made = 0_u64;
         let mut buffer = vec![0; STEP];
         {
-            let mut decoder = format.decoder(&mut feed).map_err(&cause)?;
+            let mut decoder = format.decoder_within(&mut feed, window).map_err(&cause)?;
             loop {
                 let count = fill(&mut decoder, &mut buffer).map_err(&cause)?;
                 if count == 0 {

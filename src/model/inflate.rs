@@ -8,6 +8,8 @@ const LARGEST_RATIO: u64 = 1100;
 const HARMLESS: u64 = 64 << 20;
 /// The largest window of a zstd stream that is given memory, as a power of two: 128 MiB, libzstd's own limit.
 const LARGEST_WINDOW: u32 = 27;
+/// A window that every stream gets: what zstd takes up to level 19, 8 MiB.
+const USUAL_WINDOW: u32 = 23;
 
 /// How a layer is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,24 @@ impl Compression {
         }
     }
 
+    /// A reader of what `source` is compressed from, and which looks back no further than this; every stream may look
+    /// back 8 MiB.
+    pub(super) fn decoder_within<'a, R: BufRead + 'a>(
+        self,
+        source: R,
+        window: u64,
+    ) -> io::Result<Box<dyn Read + 'a>> {
+        Ok(match self {
+            Self::Gzip => self.decoder(source)?,
+            Self::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(source)?;
+                let log = window.checked_ilog2().unwrap_or(0);
+                decoder.window_log_max(log.clamp(USUAL_WINDOW, LARGEST_WINDOW))?;
+                Box::new(decoder)
+            }
+        })
+    }
+
     /// A reader of what `source` is compressed from.
     pub(super) fn decoder<'a, R: BufRead + 'a>(self, source: R) -> io::Result<Box<dyn Read + 'a>> {
         Ok(match self {
@@ -49,6 +69,26 @@ impl Compression {
             }
         })
     }
+}
+
+/// The memory that decompressing a stream takes to look back (RFC 8878, section 3.1.1.1), from how it begins; `None` where that does
+/// not tell.
+pub(super) fn window(start: &[u8]) -> Option<u64> {
+    if Compression::of(start) != Some(Compression::Zstd) {
+        return Some(0);
+    }
+    let log = match start {
+        [0x28, 0xb5, 0x2f, 0xfd, descriptor, size, ..] if descriptor & 0x20 == 0 => {
+            10 + u32::from(size >> 3) + u32::from(size & 7 != 0)
+        }
+        // One segment: the window is the content.
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let size = zstd::zstd_safe::get_frame_content_size(start).ok()??;
+            size.max(1).next_power_of_two().ilog2()
+        }
+        _ => return None,
+    };
+    Some(1 << log.clamp(USUAL_WINDOW, LARGEST_WINDOW))
 }
 
 /// What the two ends of a compressed stream tell of its uncompressed size: the size itself, or what is left of it when it is
@@ -166,6 +206,32 @@ mod tests {
         // Larger than the field.
         assert!(Claimed::Modulo(5).is((1 << 32) + 5));
         assert_eq!(Claimed::of(b"", b""), None);
+    }
+
+    #[test]
+    fn how_far_a_stream_looks_back_is_known_from_its_start() {
+        let content: Vec<u8> = (0..3_000_000_u32).map(|at| (at >> 3) as u8).collect();
+        assert_eq!(window(&gzip(&content)), Some(0));
+        let with_window = |log| {
+            let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.window_log(log).unwrap();
+            encoder.write_all(&content).unwrap();
+            encoder.finish().unwrap()
+        };
+        for (log, takes) in [(20, USUAL_WINDOW), (23, 23), (25, 25), (27, 27)] {
+            let stream = with_window(log);
+            assert_eq!(window(&stream), Some(1 << takes), "{log}");
+            let read = |window| {
+                let decoder = Compression::Zstd.decoder_within(&stream[..], window);
+                let mut read = Vec::new();
+                decoder.unwrap().read_to_end(&mut read).map(|_| read)
+            };
+            assert_eq!(read(1 << takes).unwrap(), content);
+            // What was not asked for is not taken.
+            assert_eq!(read(1 << (takes - 1)).is_ok(), log <= USUAL_WINDOW);
+        }
+        // A skippable frame hides what follows.
+        assert_eq!(window(&[0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0]), None);
     }
 
     #[test]

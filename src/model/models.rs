@@ -69,7 +69,7 @@ impl Models {
     pub fn new(blobs: Blobs, config: ModelConfig) -> Self {
         let shared = Shared {
             layers: UnpackedLayers::new(blobs.clone()),
-            pieces: Pieces::default(),
+            pieces: Pieces::new(blobs.clone()),
             blobs,
             config,
             answers: Mutex::default(),

@@ -7,6 +7,7 @@
 //! Memory is bounded by a few pieces and the decoder's window, the disk by the cache's limit, a bomb by its ratio.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::decompress::Feed;
 use super::fetch::on_disk;
-use crate::base::{ByteRange, Deadline, Digest, lock};
+use super::inflate::{self, Claimed};
+use crate::base::{ByteRange, ByteSize, Deadline, Digest, lock};
 use crate::blob::{BlobError, Blobs, LazyBlob, Verified};
 use crate::cache::{CacheError, Entry, Growing, Unpacker, Unpacking};
 
@@ -24,8 +26,12 @@ const PIECE: u64 = 4 << 20;
 const PIECES: usize = 2;
 /// A failure is what readers get for this long; then the layer is tried again.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(10);
-/// Layers that are decompressed at a time: each takes a core, and a window of up to 128 MiB.
+/// Layers that are decompressed at a time: each takes a core.
 const AT_ONCE: usize = 4;
+/// A layer may look back so far however little memory ocifs may use: zstd does up to level 19.
+const LEAST_WINDOW: u64 = 8 << 20;
+/// What decompressing takes beside the window and the pieces, which the budget counts as what readers get.
+const BUFFERS: u64 = 2 << 20;
 /// Who waits for a layer that waits for its turn is told this often that there is hope.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 /// How often a file that another process makes is looked at.
@@ -37,6 +43,9 @@ pub(super) struct UnpackedLayers {
     blobs: Blobs,
     table: Arc<Mutex<HashMap<Key, Weak<Unpacked>>>>,
     turns: Arc<Semaphore>,
+    /// What all that are decompressed at a time may take to look back, in MiB: as much as half of what ocifs may use for bytes under way,
+    /// and beside it. Out of that it would be held by who waits for more of it.
+    memory: Arc<Semaphore>,
 }
 
 type Key = (Digest, Option<Digest>);
@@ -47,6 +56,7 @@ pub struct Unpacked {
     blobs: Blobs,
     pub(super) blob: Arc<LazyBlob>,
     turns: Arc<Semaphore>,
+    memory: Arc<Semaphore>,
     pub(super) diff_id: Option<Digest>,
     state: Mutex<State>,
     /// Held while it is found out where the bytes are.
@@ -79,10 +89,12 @@ pub(super) struct Progress {
 
 impl UnpackedLayers {
     pub(super) fn new(blobs: Blobs) -> Self {
+        let half = blobs.config().memory / 2;
         Self {
             blobs,
             table: Arc::default(),
             turns: Arc::new(Semaphore::new(AT_ONCE)),
+            memory: Arc::new(Semaphore::new((half >> 20) as usize)),
         }
     }
 
@@ -98,6 +110,7 @@ impl UnpackedLayers {
             blobs: self.blobs.clone(),
             blob: Arc::clone(blob),
             turns: Arc::clone(&self.turns),
+            memory: Arc::clone(&self.memory),
             diff_id,
             state: Mutex::default(),
             opening: tokio::sync::Mutex::default(),
@@ -339,13 +352,19 @@ impl Unpacked {
 
     /// Decompresses the layer.
     async fn make(self: Arc<Self>, unpacker: Unpacker, progress: watch::Sender<Progress>) {
-        let _turn = loop {
-            match tokio::time::timeout(TELL_EVERY, self.turns.acquire()).await {
-                Ok(turn) => break turn,
-                Err(_) => progress.send_modify(|_| {}),
+        let _turn = patiently(&progress, self.turns.acquire()).await;
+        let _hold = self.blob.hold();
+        let window = match self.window().await {
+            Ok(window) => window,
+            Err(error) => {
+                self.ended(Err(error));
+                progress.send_modify(|now| now.ended = true);
+                return;
             }
         };
-        let _hold = self.blob.hold();
+        let room = (window + BUFFERS).min(self.blobs.config().memory / 2);
+        let share = u32::try_from(room >> 20).unwrap_or(u32::MAX);
+        let _share = patiently(&progress, self.memory.acquire_many(share)).await;
         let (pieces, source) = mpsc::channel(PIECES);
         let blob = Arc::clone(&self.blob);
         let feeding = tokio::spawn(async move {
@@ -364,7 +383,8 @@ impl Unpacked {
         let layer = Arc::clone(&self);
         let started = Instant::now();
         let told = progress.clone();
-        let made = on_disk(move || layer.decompress(unpacker, Feed::new(source), &told)).await;
+        let made =
+            on_disk(move || layer.decompress(unpacker, Feed::new(source), window, &told)).await;
         feeding.abort();
         let ended = match made {
             Some(Ok(entry)) => {
@@ -378,19 +398,43 @@ impl Unpacked {
                 lasting: false,
             }),
         };
-        {
-            let mut state = lock(&self.state);
-            state.place = None;
-            match ended {
-                Ok(entry) if state.holds > 0 => state.place = Some(Place::Whole(Arc::new(entry))),
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "a compressed layer cannot be unpacked");
-                    state.failed = Some((Instant::now(), error));
-                }
+        self.ended(ended);
+        progress.send_modify(|now| now.ended = true);
+    }
+
+    /// How far back decompressing it looks: what memory it takes beside a few buffers.
+    async fn window(&self) -> Result<u64, BlobError> {
+        let config = self.blobs.config();
+        let start = ByteRange::new(0, Claimed::START.min(self.blob.size()));
+        let deadline = Deadline::after(config.read_timeout);
+        let start = self.blob.peek(start, deadline).await?;
+        let most = (config.memory / 2).max(LEAST_WINDOW);
+        match inflate::window(&start) {
+            None => Ok(most),
+            Some(needed) if needed <= most => Ok(needed),
+            Some(needed) => Err(BlobError::Undecodable {
+                digest: self.blob.digest(),
+                reason: format!(
+                    "decompressing it takes {} of memory, more than half of what ocifs may use; see --memory",
+                    ByteSize(needed)
+                ),
+                lasting: true,
+            }),
+        }
+    }
+
+    /// It was made, or not.
+    fn ended(&self, made: Result<Entry, BlobError>) {
+        let mut state = lock(&self.state);
+        state.place = None;
+        match made {
+            Ok(entry) if state.holds > 0 => state.place = Some(Place::Whole(Arc::new(entry))),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a compressed layer cannot be unpacked");
+                state.failed = Some((Instant::now(), error));
             }
         }
-        progress.send_modify(|now| now.ended = true);
     }
 
     pub(super) fn undecodable(&self, error: &CacheError) -> BlobError {
@@ -408,6 +452,17 @@ impl Unpacked {
             digest: self.blob.digest(),
             reason,
             lasting: false,
+        }
+    }
+}
+
+/// Waits for something, and tells those who wait for the layer that there is hope.
+async fn patiently<T>(progress: &watch::Sender<Progress>, what: impl Future<Output = T>) -> T {
+    let mut what = std::pin::pin!(what);
+    loop {
+        match tokio::time::timeout(TELL_EVERY, what.as_mut()).await {
+            Ok(done) => return done,
+            Err(_) => progress.send_modify(|_| {}),
         }
     }
 }

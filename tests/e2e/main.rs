@@ -13,10 +13,12 @@ mod support;
 
 mod behaviours;
 mod cache;
+mod crash;
 mod credentials;
 mod demo;
 mod errno;
 mod fio;
+mod disk;
 mod formats;
 mod helpers;
 mod hostile;
