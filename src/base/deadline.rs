@@ -1,6 +1,8 @@
 //! The moment by which an operation must have ended, shared by all its retries.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use super::Instant;
 
 /// A point in time that bounds an operation and everything it calls: one budget, however many retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,7 +24,7 @@ impl Deadline {
         self.left().is_zero()
     }
 
-    /// The same moment for tokio's timers.
+    /// The moment.
     pub fn instant(self) -> Instant {
         self.0
     }

@@ -1,16 +1,19 @@
-//! Value types that every layer speaks, and how work begins: no I/O.
+//! Value types that every layer speaks, how work begins, and what of a runtime the model check replaces: no I/O.
 
 mod deadline;
 mod digest;
 mod range;
+pub mod rt;
 mod secret;
 mod size;
 mod start;
-mod sync;
+pub mod sync;
 
 pub use deadline::Deadline;
 pub use digest::{Digest, DigestError, Hasher};
 pub use range::ByteRange;
+/// A moment of the clock that timers go by, which tests may stop and move on.
+pub use rt::Instant;
 pub use secret::Secret;
 pub use size::ByteSize;
 pub use start::start;

@@ -2,7 +2,7 @@
 
 use std::task::{Context, Waker};
 
-use tokio::runtime::Handle;
+use super::rt::Handle;
 
 /// Runs `work` on `runtime`. Its steps up to where it first has to wait are done here and now: what it asks of others is on its
 /// way before another thread has woken. They must be short, as on the runtime itself.

@@ -6,12 +6,13 @@
 //! everybody does; nobody here does so but with bytes that [`super::overlay`] gives up again.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
 use super::flight::Urgency;
 use crate::base::lock;
+use crate::base::sync::Mutex;
 
 /// Memory that may be in use, in bytes; clones share it.
 #[derive(Clone, Debug)]

@@ -1,20 +1,19 @@
 //! A request from its begin to its end: permit, claim, bytes into the cache.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::SemaphorePermit;
-use tokio::task::block_in_place;
-use tokio::time::{sleep, timeout, timeout_at};
 
 use super::BlobError;
 use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
-use crate::base::{ByteRange, Deadline, lock, start};
+use crate::base::rt::{aside, sleep, timeout, timeout_at};
+use crate::base::sync::atomic::Ordering;
+use crate::base::{ByteRange, Deadline, Instant, lock, start};
 use crate::cache::{CacheError, Writer};
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
@@ -299,7 +298,7 @@ impl LazyBlob {
                 None => body.next().await,
                 Some(since) => {
                     let until = since + LINGER;
-                    match timeout_at(until.into(), body.next()).await {
+                    match timeout_at(until, body.next()).await {
                         Ok(next) => next,
                         Err(_) if self.write(flight, sink).await => continue,
                         Err(_) => return Ok(Poured::NoRoom),
@@ -532,7 +531,7 @@ fn beside<T>(bytes: u64, work: impl FnOnce() -> T) -> T {
     if bytes < GATHER {
         work()
     } else {
-        block_in_place(work)
+        aside(work)
     }
 }
 

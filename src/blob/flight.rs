@@ -1,11 +1,12 @@
 //! Requests under way, and waiting for them.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::BlobError;
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::base::{ByteRange, lock};
 
 /// Why a request is made, most urgent first.

@@ -1,13 +1,11 @@
 //! One lazy blob, and a read of it from top to bottom.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::watch;
-use tokio::time::timeout_at;
 
 use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
@@ -17,7 +15,10 @@ use super::plan;
 use super::prefetch::{Advice, Prefetcher, Reach};
 use super::verify::Hashing;
 use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
-use crate::base::{ByteRange, Deadline, Digest, lock};
+use crate::base::rt::timeout_at;
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::base::{ByteRange, Deadline, Digest, Instant, lock};
 use crate::cache::{Cache, CacheError, Data, Entry};
 use crate::registry::Repository;
 
@@ -374,7 +375,7 @@ impl LazyBlob {
             self.ensure(&hold, range, Urgency::Demand, deadline).await?;
             // Nothing only when a cached chunk turned out damaged or memory ran over meanwhile: fetch again.
             let room = self.shared.room(range.len(), Urgency::Demand);
-            let Ok(room) = timeout_at(deadline.instant().into(), room).await else {
+            let Ok(room) = timeout_at(deadline.instant(), room).await else {
                 return Err(BlobError::Deadline {
                     digest: self.digest,
                     range,
@@ -625,10 +626,7 @@ impl LazyBlob {
                 }
                 let until = if in_vain { u64::MAX } else { arrived };
                 let arrival = flight.arrival(until);
-                if timeout_at(deadline.instant().into(), arrival)
-                    .await
-                    .is_err()
-                {
+                if timeout_at(deadline.instant(), arrival).await.is_err() {
                     // The one stream has to come past everything before; while it moves there is hope.
                     if !flight.whole || flight.progress().0 == at {
                         return Err(late());

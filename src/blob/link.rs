@@ -1,9 +1,9 @@
 //! What the links to the registries have shown so far: how soon they answer, how much they carry.
 
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::base::lock;
+use crate::base::sync::Mutex;
+use crate::base::{Instant, lock};
 
 /// The rate is measured over this.
 const SPAN: Duration = Duration::from_millis(200);

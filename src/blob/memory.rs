@@ -4,12 +4,12 @@ use std::pin::pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::timeout;
 
 use super::budget::Reservation;
 use super::flight::Urgency;
 use super::{Blobs, Shared};
 use crate::base::lock;
+use crate::base::rt::timeout;
 use crate::cache::Data;
 
 /// How often somebody who waits looks for bytes that have become stale.

@@ -7,13 +7,14 @@
 //! cannot take are handed through memory (`overlay.rs`).
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, broadcast, watch};
 
 mod budget;
+#[cfg(test)]
+mod faults;
 mod fetch;
 mod flight;
 mod hashers;
@@ -36,6 +37,8 @@ use budget::Budget;
 use hashers::Hashers;
 use readers::Readers;
 
+use crate::base::rt::Handle;
+use crate::base::sync::Mutex;
 use crate::base::{ByteRange, Digest, lock};
 use crate::cache::Cache;
 use crate::registry::{Registry, RegistryConfig, RegistryError, Repository};
@@ -231,6 +234,25 @@ impl Blobs {
     /// Outside a tokio runtime.
     pub fn new(cache: Cache, registry: Registry, config: BlobConfig) -> Self {
         let readers = Arc::new(Readers::new());
+        let hashers = Hashers::new(Arc::clone(&readers));
+        Self::with(cache, registry, config, readers, hashers)
+    }
+
+    /// As [`Blobs::new`], for tests that must always go the same way: what has come is hashed by whoever brings it.
+    #[cfg(test)]
+    fn in_step(cache: Cache, registry: Registry, config: BlobConfig) -> Self {
+        let readers = Arc::new(Readers::new());
+        let hashers = Hashers::at_once(Arc::clone(&readers));
+        Self::with(cache, registry, config, readers, hashers)
+    }
+
+    fn with(
+        cache: Cache,
+        registry: Registry,
+        config: BlobConfig,
+        readers: Arc<Readers>,
+        hashers: Hashers,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 cache,
@@ -242,7 +264,7 @@ impl Blobs {
                 table: Mutex::default(),
                 demands: Semaphore::new(DEMANDS_AT_ONCE),
                 foreground: watch::Sender::new(0),
-                hashers: Hashers::new(Arc::clone(&readers)),
+                hashers,
                 readers,
                 events: broadcast::Sender::new(1024),
             }),

@@ -4,12 +4,12 @@
 //! else: then those that were read go first, and after them those that nobody came for in a while.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::budget::Reservation;
-use crate::base::ByteRange;
+use crate::base::{ByteRange, Instant};
 
 /// Bytes that came or were read so recently are not given up: a reader may be on its way to them.
 const FRESH: Duration = Duration::from_millis(500);

@@ -1,7 +1,9 @@
 //! What the readers of all blobs are doing now, for those who give way to them.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::base::Instant;
+use crate::base::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Whether readers wait, and when one was last served.
 #[derive(Debug)]

@@ -3,12 +3,14 @@
 //! SHA-256 is sequential: the prefix of the blob that is here without a gap is hashed as it grows, by threads that serve no
 //! reader (`hashers.rs`). When it reaches the end, the blob is sealed or thrown away.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::watch;
 
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::{Event, Verified};
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::Ordering;
 use crate::base::{ByteRange, Hasher, lock};
 use crate::cache::Entry;
 
@@ -152,9 +154,7 @@ impl LazyBlob {
         }
         let hold = self.hold();
         let Some(entry) = hold.entry() else { return };
-        if !self.filling.load(std::sync::atomic::Ordering::Acquire)
-            && !entry.has(ByteRange::new(0, self.size))
-        {
+        if !self.filling.load(Ordering::Acquire) && !entry.has(ByteRange::new(0, self.size)) {
             return;
         }
         while !self.hashing.busy.send_replace(true) {

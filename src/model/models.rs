@@ -246,7 +246,7 @@ impl Models {
         let blobs = &self.shared.blobs;
         if !blobs.config().offline {
             let asked = blobs.registry().tags(repository, MOST_TAGS, deadline);
-            match tokio::time::timeout_at(deadline.instant().into(), asked).await {
+            match tokio::time::timeout_at(deadline.instant(), asked).await {
                 Ok(Ok(tags)) => return tags,
                 Ok(Err(error)) => tracing::debug!(%repository, %error, "the tags can't be listed"),
                 Err(_) => tracing::debug!(%repository, "the tags were not listed in time"),

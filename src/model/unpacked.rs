@@ -249,7 +249,7 @@ impl Unpacked {
                 }
             }
             let deadline = Deadline::after(self.blobs.config().read_timeout);
-            match tokio::time::timeout_at(deadline.instant().into(), progress.changed()).await {
+            match tokio::time::timeout_at(deadline.instant(), progress.changed()).await {
                 Ok(Ok(())) => {}
                 // Whoever made it is gone.
                 Ok(Err(_)) => return Ok(()),

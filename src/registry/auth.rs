@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine as _;
 use reqwest::Url;
@@ -13,7 +13,7 @@ use super::credentials::{Credentials, Found, Sources};
 use super::token::{self, Token, TokenServer, Wants};
 use super::transport::Transport;
 use super::{RegistryError, Repository};
-use crate::base::{Digest, Secret, lock};
+use crate::base::{Digest, Instant, Secret, lock};
 
 /// Most (repository, action) pairs whose authorisation is remembered.
 const MOST_ENTRIES: usize = 4096;

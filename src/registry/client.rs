@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::Method;
 use reqwest::header::HeaderValue;
@@ -14,7 +14,7 @@ use super::mirrors::{Advice, Ways};
 use super::peer::Peer;
 use super::retry::{self, Decision, Tries};
 use super::{RegistryConfig, RegistryError, Repository};
-use crate::base::Deadline;
+use crate::base::{Deadline, Instant};
 
 /// What all clones of a [`super::Registry`] share.
 #[derive(Debug)]
@@ -43,8 +43,10 @@ pub(super) struct Call<'a> {
     pub(super) path: String,
     pub(super) accept: Option<&'static str>,
     pub(super) range: Option<HeaderValue>,
-    /// See [`Ask::bulk`].
+    /// See [`Ask::bulk`](super::transport::Ask::bulk).
     pub(super) bulk: bool,
+    /// See [`Ask::fresh`](super::transport::Ask::fresh).
+    pub(super) fresh: bool,
     /// What is asked for, for errors.
     pub(super) what: String,
 }
@@ -81,7 +83,7 @@ impl Client {
             last: last.map(Box::new),
         };
         for number in 1u32.. {
-            let error = match tokio::time::timeout_at(deadline.instant().into(), attempt()).await {
+            let error = match tokio::time::timeout_at(deadline.instant(), attempt()).await {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(error)) => error,
                 Err(_) => return Err(out_of_time(last)),

@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::lanes::Lanes;
-use crate::base::lock;
+use crate::base::{Instant, lock};
 
 /// The longest that a host is left alone on its word; then one request asks again. Limits per repository or per kind of
 /// request ask for hours, and say nothing about the others.

@@ -6,7 +6,9 @@
 //! way. Trials that bring nothing become rare. A refusal (429, 503 with Retry-After, no connection) halves the number at once;
 //! from then on it grows by single steps, and stays below where it was refused.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::base::Instant;
 
 /// Lanes to a host of which nothing is known.
 pub(super) const FIRST: usize = 4;

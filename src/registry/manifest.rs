@@ -67,6 +67,7 @@ fn by_tag(reference: &Reference, method: Method) -> Call<'_> {
         accept: Some(ACCEPT),
         range: None,
         bulk: false,
+        fresh: false,
         what: reference.to_string(),
     }
 }
@@ -130,6 +131,7 @@ impl Client {
             accept: Some(ACCEPT),
             range: None,
             bulk: false,
+            fresh: false,
             what: format!("manifest {repository}@{digest}"),
         };
         let call = &call;

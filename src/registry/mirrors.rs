@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::address::address_of;
 use super::certs_d::{self, Registered, Trust, Unusable};
@@ -11,7 +11,7 @@ use super::credentials::Sources;
 use super::peer::Peer;
 use super::transport::Transport;
 use super::{RegistryConfig, RegistryError, Repository};
-use crate::base::lock;
+use crate::base::{Instant, lock};
 
 /// How long what a directory says is believed before its files are looked at again.
 const FRESH: Duration = Duration::from_secs(5);

@@ -45,7 +45,7 @@ mod referrers;
 mod retry;
 mod tags;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod tls;

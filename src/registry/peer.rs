@@ -225,6 +225,7 @@ impl Peer {
             authorization: known.grant.as_ref().map(|grant| grant.header.clone()),
             form: None,
             bulk: call.bulk,
+            fresh: call.fresh,
             headers: self.headers.clone(),
         };
         self.transport.send(&ask, &call.what).await

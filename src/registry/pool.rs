@@ -11,7 +11,7 @@ use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Empty;
@@ -26,7 +26,7 @@ use tokio::time::{Sleep, sleep};
 use super::address::address_of;
 use super::dial::{DialError, Dialer, Stream};
 use super::wire::{Gauge, PATIENCE};
-use crate::base::lock;
+use crate::base::{Instant, lock};
 
 /// Most idle connections that are kept for an origin.
 const MOST_IDLE: usize = 32;
@@ -126,16 +126,17 @@ impl Pool {
         }
     }
 
-    /// Sends a GET and returns when the response head is there.
+    /// Sends a GET and returns when the response head is there; over a connection of its own when `fresh` is asked for.
     pub(super) async fn get(
         &self,
         url: &Url,
         headers: &HeaderMap,
+        fresh: bool,
     ) -> Result<Response<PooledBody>, PoolError> {
         let request = request(url, headers).ok_or(PoolError::Otherwise)?;
         let key = origin_of(url);
         loop {
-            let Some(idle) = self.take_idle(&key)? else {
+            let Some(idle) = self.take_idle(&key)?.filter(|_| !fresh) else {
                 break;
             };
             match self.exchange(idle, &key, request.clone()).await {

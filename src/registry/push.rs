@@ -310,6 +310,7 @@ fn head<'a>(repository: &'a Repository, digest: &Digest, action: Action) -> Call
         accept: None,
         range: None,
         bulk: false,
+        fresh: false,
         what: format!("blob {digest} of {repository}"),
     }
 }

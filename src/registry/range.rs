@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -18,7 +18,7 @@ use super::peer::Peer;
 use super::retry::Tries;
 use super::transport::{Answer, Ask, next_piece};
 use super::{RegistryError, Repository};
-use crate::base::{ByteRange, Deadline, Digest, lock};
+use crate::base::{ByteRange, Deadline, Digest, Instant, lock};
 
 /// The answer to a ranged blob read.
 #[derive(Debug)]
@@ -278,6 +278,7 @@ impl Client {
             accept: None,
             range: Some(header),
             bulk: range.len() >= BULK,
+            fresh: false,
             what,
         };
         let (call, key) = (&call, &(repository.clone(), *digest));
@@ -334,6 +335,7 @@ impl Peer {
             let ask = Ask {
                 range: call.range.clone(),
                 bulk: call.bulk,
+                fresh: call.fresh,
                 ..Ask::new(Method::GET, url.clone())
             };
             self.transport.send(&ask, &call.what).await?

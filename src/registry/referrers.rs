@@ -31,6 +31,7 @@ impl Client {
             accept: Some(INDEX),
             range: None,
             bulk: false,
+            fresh: false,
             what: format!("referrers of {repository}@{digest}"),
         };
         // Mirrors list what they have, which is less.

@@ -97,6 +97,10 @@ pub(super) fn retry_after(value: &str, now: SystemTime) -> Option<Duration> {
 /// A number in `0.0..1.0`, different each time; for jitter, not for secrets.
 pub(super) fn jitter() -> f64 {
     use std::hash::{BuildHasher, Hasher};
+    #[cfg(test)]
+    if super::testing::script::is_playing() {
+        return 0.5;
+    }
     let random = std::hash::RandomState::new().build_hasher().finish();
     (random >> 11) as f64 / (1u64 << 53) as f64
 }

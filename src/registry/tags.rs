@@ -34,6 +34,7 @@ impl Client {
             accept: None,
             range: None,
             bulk: false,
+            fresh: false,
             what: format!("tags of {repository}"),
         };
         // Mirrors list what they have, which is less.

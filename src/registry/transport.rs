@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use hyper_util::client::proxy::matcher::Matcher;
@@ -20,7 +20,7 @@ use super::error::chain;
 use super::hosts::{Host, Hosts};
 use super::pool::{Pool, PoolError};
 use super::{HttpVersion, RegistryConfig, RegistryError, tls};
-use crate::base::{Secret, lock};
+use crate::base::{Instant, Secret, lock};
 
 /// Most redirects in a row.
 const MOST_REDIRECTS: usize = 10;
@@ -46,6 +46,8 @@ pub(super) struct Ask {
     pub(super) form: Option<Secret>,
     /// A large body comes back: it gets a connection of its own.
     pub(super) bulk: bool,
+    /// Over a connection that has carried nothing before: what is kept may be dead.
+    pub(super) fresh: bool,
     /// Further headers, for the origin of `url` only as well.
     pub(super) headers: HeaderMap,
 }
@@ -61,6 +63,7 @@ impl Ask {
             authorization: None,
             form: None,
             bulk: false,
+            fresh: false,
             headers: HeaderMap::new(),
         }
     }
@@ -293,6 +296,10 @@ impl Transport {
         }
         tracing::trace!(method = %ask.method, url = %shown(url), range = ?ask.range, "request");
         let sending = async {
+            #[cfg(test)]
+            if let Some(answer) = super::testing::script::answer(ask, url, home, what).await {
+                return answer;
+            }
             match self.send_bulk(ask, url, near, home, what).await {
                 Some(result) => result,
                 None => self.send_light(ask, url, near, home, what).await,
@@ -370,7 +377,7 @@ impl Transport {
         if let Some(authorization) = ask.authorization.as_ref().filter(|_| home) {
             headers.insert(AUTHORIZATION, authorization.clone());
         }
-        match pool.get(url, &headers).await {
+        match pool.get(url, &headers, ask.fresh).await {
             Ok(response) => Some(Ok(response.map(reqwest::Body::wrap).into())),
             Err(PoolError::Otherwise) => None,
             Err(error) => Some(Err(RegistryError::from_pool(what, &address_of(url), error))),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::base::{Deadline, Digest};
 use crate::registry::{HttpVersion, Reference, Registry, RegistryConfig, Repository};
 
+pub(crate) mod script;
 mod tls;
 pub(super) use tls::{AUTHORITY, CERTIFICATE, KEY};
 
