@@ -1,12 +1,14 @@
-//! Locks and atomics of the concurrent core, from one place: its model check (`tests/model_check.rs`) has others here, which
+//! Locks and atomics of the concurrent core, from one place: its model check (`tests/model`) has others here, which
 //! try every order of what threads do.
 
-pub use std::sync::Mutex;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::PoisonError;
+pub use std::sync::{Condvar, Mutex, MutexGuard};
 
 /// As in the standard library.
 pub mod atomic {
-    pub use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+    pub use std::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    };
 }
 
 /// Locks `mutex`, poisoned or not: every critical section here leaves its data whole at each step, and a panic

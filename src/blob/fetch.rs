@@ -9,12 +9,13 @@ use tokio::sync::SemaphorePermit;
 use super::BlobError;
 use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
+use super::hedge::{Answer, Feed};
 use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
 use crate::base::rt::{aside, sleep, timeout, timeout_at};
 use crate::base::sync::atomic::Ordering;
 use crate::base::{ByteRange, Deadline, Instant, lock, start};
-use crate::cache::{CacheError, Writer};
+use crate::cache::{CacheError, Claim, Writer};
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
 /// How often to look whether another process has brought what it is fetching.
@@ -42,10 +43,32 @@ const GATHER: u64 = 256 << 10;
 /// Gathered bytes are written after this long: other processes may wait for them, and a kill would lose them.
 const LINGER: Duration = Duration::from_millis(10);
 
+/// Whether what a request brings may be kept, and the claim that others respect, for as long as it is.
+#[derive(Debug)]
+struct Keep {
+    allowed: bool,
+    _claim: Option<Claim>,
+}
+
+impl Keep {
+    fn new(claim: Option<Option<Claim>>) -> Self {
+        Self {
+            allowed: claim.is_some(),
+            _claim: claim.flatten(),
+        }
+    }
+
+    /// Nothing more is kept, so nobody else need wait for it.
+    fn give_up(&mut self) {
+        *self = Self::new(None);
+    }
+}
+
 /// Where the bytes of a request go.
 #[derive(Debug)]
-struct Sink {
+struct Sink<'a> {
     target: Target,
+    keep: &'a mut Keep,
     gathered: Gathered,
     /// The memory that the request takes; given back before more is waited for.
     room: Option<Reservation>,
@@ -104,12 +127,12 @@ impl LazyBlob {
             Claimed::Done => return Ok(()),
         };
         // Two processes that write the same chunk could write different bytes, one of them after the other has hashed.
-        let keep = claim.is_some();
+        let mut keep = Keep::new(claim);
         // Another process may have brought some of it before the claim was ours.
         let gaps = self.missing(hold, flight.range);
         for gap in gaps {
             flight.advance(gap.start());
-            match self.bring(flight, hold, gap, None, keep).await? {
+            match self.bring(flight, hold, gap, None, &mut keep).await? {
                 Brought::All => {}
                 Brought::Whole(body) => return self.switch_to_stream(body, flight.range.start()),
             }
@@ -198,33 +221,35 @@ impl LazyBlob {
         hold: &Hold,
         range: ByteRange,
         mut body: Option<BodyStream>,
-        keep: bool,
+        keep: &mut Keep,
     ) -> Result<Brought, BlobError> {
         let mut sink = self.sink(flight, hold, range, keep).await?;
         let mut pause = FIRST_PAUSE;
+        // Of what was wrong nothing comes again over a connection that may have brought it.
+        let mut fresh = self.doubted.load(Ordering::Acquire);
         let mut deadline = Deadline::after(self.shared.config.read_timeout);
         while sink.position() < range.end() {
             let rest = ByteRange::new(sink.position(), range.end());
-            let stream = match body.take() {
-                Some(body) => Ok(BlobBody::Range(body)),
+            let before = sink.position();
+            let mut feed = match body.take() {
+                Some(body) => Feed::of(self, flight, before, body),
                 None => {
                     let asked = Instant::now();
-                    let body = self.ask(rest, deadline).await;
+                    let mut feed = Feed::ask(self, flight, rest, deadline, fresh);
+                    let answer = feed.head().await;
                     self.shared.link.answered(asked.elapsed());
-                    body
+                    match answer {
+                        Ok(Answer::Range) => feed,
+                        Ok(Answer::Whole(body)) if flight.whole => {
+                            Feed::of(self, flight, before, body)
+                        }
+                        Ok(Answer::Whole(body)) => return Ok(Brought::Whole(body)),
+                        // It has tried until the deadline, or there is no point in trying.
+                        Err(error) => return Err(self.fetch_error(rest, error)),
+                    }
                 }
             };
-            let before = sink.position();
-            let failure = match stream {
-                Ok(BlobBody::Whole(body)) if !flight.whole => return Ok(Brought::Whole(body)),
-                Ok(BlobBody::Whole(body)) => {
-                    let skip = sink.position();
-                    self.pour(flight, body, &mut sink, skip).await
-                }
-                Ok(BlobBody::Range(body)) => self.pour(flight, body, &mut sink, 0).await,
-                // It has tried until the deadline, or there is no point in trying.
-                Err(error) => return Err(self.fetch_error(rest, error)),
-            };
+            let failure = self.pour(flight, &mut feed, &mut sink).await;
             if sink.position() > before {
                 pause = FIRST_PAUSE;
                 deadline = Deadline::after(self.shared.config.read_timeout);
@@ -242,6 +267,7 @@ impl LazyBlob {
                     return Err(self.fetch_error(rest, error));
                 }
                 tracing::info!(digest = %self.digest, at = sink.position(), error = %Chain(&error), "a body was cut off; asking for the rest");
+                fresh = true;
                 sleep(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
@@ -250,15 +276,28 @@ impl LazyBlob {
     }
 
     /// Asks the first repository that has the blob.
-    async fn ask(&self, range: ByteRange, deadline: Deadline) -> Result<BlobBody, RegistryError> {
+    pub(super) async fn ask(
+        &self,
+        range: ByteRange,
+        deadline: Deadline,
+        fresh: bool,
+    ) -> Result<BlobBody, RegistryError> {
         let mut last = None;
+        let (registry, digest, size) = (&self.shared.registry, &self.digest, self.size);
         for repository in self.repositories() {
-            match self
-                .shared
-                .registry
-                .blob(&repository, &self.digest, self.size, range, deadline)
-                .await
-            {
+            let answer = match fresh {
+                false => {
+                    registry
+                        .blob(&repository, digest, size, range, deadline)
+                        .await
+                }
+                true => {
+                    registry
+                        .blob_afresh(&repository, digest, size, range, deadline)
+                        .await
+                }
+            };
+            match answer {
                 Ok(body) => return Ok(body),
                 Err(error) => {
                     let elsewhere =
@@ -275,13 +314,12 @@ impl LazyBlob {
         Err(last.unwrap_or_else(|| unreachable!("a blob is opened with a repository")))
     }
 
-    /// Moves a body into the sink, all but its first `skip` bytes. The position of the sink tells how far it came.
+    /// Moves what comes into the sink, whose position tells how far it came.
     async fn pour(
         &self,
         flight: &Flight,
-        mut body: BodyStream,
-        sink: &mut Sink,
-        mut skip: u64,
+        feed: &mut Feed<'_>,
+        sink: &mut Sink<'_>,
     ) -> Result<Poured, RegistryError> {
         loop {
             if flight.whole && matches!(sink.target, Target::Memory { .. }) {
@@ -295,29 +333,21 @@ impl LazyBlob {
                 }
             }
             let next = match sink.gathered.since {
-                None => body.next().await,
+                None => feed.next().await,
                 Some(since) => {
                     let until = since + LINGER;
-                    match timeout_at(until, body.next()).await {
+                    match timeout_at(until, feed.next()).await {
                         Ok(next) => next,
                         Err(_) if self.write(flight, sink).await => continue,
                         Err(_) => return Ok(Poured::NoRoom),
                     }
                 }
             };
-            let mut bytes = match next {
+            let bytes = match next {
                 Ok(Some(bytes)) => bytes,
                 end if self.write(flight, sink).await => return end.map(|_| Poured::All),
                 _ => return Ok(Poured::NoRoom),
             };
-            self.received
-                .fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            self.shared.link.came(bytes.len() as u64);
-            if skip > 0 {
-                let cut = skip.min(bytes.len() as u64);
-                skip -= cut;
-                bytes = bytes.split_off(usize::try_from(cut).unwrap_or(usize::MAX));
-            }
             sink.gathered.push(bytes);
             let due = sink.gathered.len >= GATHER || flight.is_awaited(sink.position());
             if due && !self.write(flight, sink).await {
@@ -328,7 +358,7 @@ impl LazyBlob {
 
     /// Writes what was gathered to the cache, whole chunks of it, or hands it to memory; so, too, once the cache fails.
     /// `false` when there is no memory for it either.
-    async fn write(&self, flight: &Flight, sink: &mut Sink) -> bool {
+    async fn write(&self, flight: &Flight, sink: &mut Sink<'_>) -> bool {
         if let Target::Cache(writer) = &mut sink.target {
             let start = writer.position();
             let pieces = sink
@@ -350,6 +380,7 @@ impl LazyBlob {
             sink.gathered.put_back(pieces);
             // The part of a chunk that was written before is not marked, so its readers ask for it again.
             sink.target = Target::Memory { at: start };
+            sink.keep.give_up();
             sink.room = None;
             let rest = ByteRange::new(start, sink.end);
             let Some(room) = self.memory(flight, rest).await else {
@@ -408,25 +439,27 @@ impl LazyBlob {
         Some(room)
     }
 
-    async fn sink(
+    async fn sink<'a>(
         &self,
         flight: &Flight,
         hold: &Hold,
         range: ByteRange,
-        keep: bool,
-    ) -> Result<Sink, BlobError> {
-        let sink = |target, room| Sink {
+        keep: &'a mut Keep,
+    ) -> Result<Sink<'a>, BlobError> {
+        let allowed = keep.allowed;
+        let sink = |target, room, keep| Sink {
             target,
+            keep,
             gathered: Gathered::default(),
             room: Some(room),
             end: range.end(),
         };
-        let entry = hold.entry().filter(|_| keep && !self.had_no_room());
+        let entry = hold.entry().filter(|_| allowed && !self.had_no_room());
         if let Some(entry) = entry {
             let bytes = IN_FLIGHT.min(range.len());
             let room = self.shared.room(bytes, flight.urgency_now()).await;
             match beside(range.len(), || entry.writer(range)) {
-                Ok(writer) => return Ok(sink(Target::Cache(writer), room)),
+                Ok(writer) => return Ok(sink(Target::Cache(writer), room, keep)),
                 Err(error) => {
                     tracing::debug!(digest = %self.digest, %range, error = %Chain(&error), "not kept");
                     let mut state = lock(&self.state);
@@ -437,6 +470,7 @@ impl LazyBlob {
                 }
             }
         }
+        keep.give_up();
         // What fills the cache is of no use in memory.
         if flight.urgency == Urgency::Fill {
             return Err(self.no_room());
@@ -444,7 +478,7 @@ impl LazyBlob {
         match self.memory(flight, range).await {
             Some(room) => {
                 let at = range.start();
-                Ok(sink(Target::Memory { at }, room))
+                Ok(sink(Target::Memory { at }, room, keep))
             }
             None => {
                 lock(&self.state).prefetcher.cut(range.start());
@@ -519,7 +553,8 @@ impl LazyBlob {
             }
         };
         self.filling.store(true, Ordering::Release);
-        self.bring(flight, hold, flight.range, body, claim.is_some())
+        let mut keep = Keep::new(claim);
+        self.bring(flight, hold, flight.range, body, &mut keep)
             .await
             .map(|_| ())
     }
@@ -545,7 +580,7 @@ enum Permit<'a> {
 
 enum Claimed {
     /// `None` where no claims are to be had.
-    Mine(Option<crate::cache::Claim>),
+    Mine(Option<Claim>),
     /// Another process holds it and brings nothing.
     Others,
     /// Another process has brought everything.
@@ -567,7 +602,7 @@ enum Brought {
     Whole(BodyStream),
 }
 
-impl Sink {
+impl Sink<'_> {
     /// The offset of the next byte to come.
     fn position(&self) -> u64 {
         let at = match &self.target {

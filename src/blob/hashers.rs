@@ -8,9 +8,8 @@
 //! nowhere the first takes over, at the share of a nice thread.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +18,8 @@ use rustix::time::{ClockId, clock_gettime};
 use super::readers::Readers;
 use super::verify::{Job, Step};
 use crate::base::lock;
+use crate::base::sync::atomic::{AtomicU64, Ordering};
+use crate::base::sync::{Condvar, Mutex};
 
 /// Readers count as active for so long after a read.
 const RECENT: Duration = Duration::from_millis(50);
@@ -55,9 +56,7 @@ struct Inner {
     queue: Mutex<Queue>,
     more: Condvar,
     readers: Arc<Readers>,
-    /// Everything is hashed at once by whoever asks for it: in tests that must always go the same way.
-    at_once: bool,
-    /// Most blobs at a time.
+    /// Most blobs at a time; with 0, everything is hashed at once by whoever asks for it.
     most: usize,
     bytes: AtomicU64,
     nanoseconds: AtomicU64,
@@ -71,26 +70,17 @@ struct Queue {
 }
 
 impl Hashers {
-    pub(super) fn new(readers: Arc<Readers>) -> Self {
+    /// With so many threads at most; without any, everything is hashed at once by whoever asks for it.
+    pub(super) fn new(readers: Arc<Readers>, most: usize) -> Self {
         Self {
             inner: Arc::new(Inner {
                 queue: Mutex::default(),
                 more: Condvar::new(),
                 readers,
-                at_once: false,
-                most: thread::available_parallelism().map_or(1, usize::from),
+                most,
                 bytes: AtomicU64::new(0),
                 nanoseconds: AtomicU64::new(0),
             }),
-        }
-    }
-
-    #[cfg(test)]
-    pub(super) fn at_once(readers: Arc<Readers>) -> Self {
-        let mut inner = Arc::into_inner(Self::new(readers).inner).expect("it was just made");
-        inner.at_once = true;
-        Self {
-            inner: Arc::new(inner),
         }
     }
 
@@ -103,7 +93,7 @@ impl Hashers {
 
     /// Has the job done some time; gives it back when no thread is to be had for it.
     pub(super) fn add(&self, mut job: Box<Job>) -> Result<(), Box<Job>> {
-        if self.inner.at_once {
+        if self.inner.most == 0 {
             while matches!(self.inner.step(&mut job), Step::More) {}
             job.end();
             return Ok(());

@@ -20,7 +20,7 @@ use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::base::{ByteRange, Deadline, Digest, Instant, lock};
 use crate::cache::{Cache, CacheError, Data, Entry};
-use crate::registry::Repository;
+use crate::registry::{Repository, Source};
 
 /// A cache that could not open the blob is asked again after this.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -32,6 +32,8 @@ const COUNT_AGAIN_AFTER: Duration = Duration::from_secs(2);
 const ROUNDS: u32 = 3;
 /// Whole streams of one blob at a time, where the server ignores ranges and the cache has no room: a reader each.
 const STREAMS: usize = 3;
+/// Most servers of a blob that are remembered.
+const MOST_SOURCES: usize = 16;
 /// A request that somebody else began may fail for his reasons; a reader that joined it tries this often himself.
 const OWN_TRIES: u32 = 2;
 
@@ -55,6 +57,10 @@ pub struct LazyBlob {
     examined: AtomicBool,
     /// Bytes that the registry sent for it.
     pub(super) received: AtomicU64,
+    /// Who sent them, since it was last found wrong.
+    sources: Mutex<Vec<Arc<Source>>>,
+    /// It was wrong once, and is fetched again.
+    pub(super) doubted: AtomicBool,
 }
 
 /// The cache entry, open while somebody holds the blob.
@@ -95,6 +101,8 @@ impl LazyBlob {
             filling: AtomicBool::new(false),
             examined: AtomicBool::new(false),
             received: AtomicU64::new(0),
+            sources: Mutex::default(),
+            doubted: AtomicBool::new(false),
         })
     }
 
@@ -123,6 +131,33 @@ impl LazyBlob {
     /// Bytes that the registry has sent for it, in this process.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of who sends it.
+    pub(super) fn comes_from(&self, source: &Arc<Source>) {
+        let mut sources = lock(&self.sources);
+        if sources.len() < MOST_SOURCES && !sources.contains(source) {
+            sources.push(Arc::clone(source));
+        }
+    }
+
+    /// Who has sent it since this was last asked.
+    pub(super) fn take_sources(&self) -> Vec<Arc<Source>> {
+        std::mem::take(&mut lock(&self.sources))
+    }
+
+    /// Takes note that bytes of it came.
+    pub(super) fn came(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+        self.shared.link.came(bytes);
+    }
+
+    /// From how long on a request for so many bytes of it is slow.
+    pub(super) fn slow(&self, bytes: u64) -> Duration {
+        let first = lock(&self.repositories).first().cloned();
+        first.map_or(Duration::MAX, |repository| {
+            self.shared.registry.slow(&repository, &self.digest, bytes)
+        })
     }
 
     /// Bytes that are in the cache.
@@ -188,6 +223,7 @@ impl LazyBlob {
                     slot.entry = Some(Arc::new(entry));
                     slot.opening += 1;
                     // Evicted since it was last open: what was known of it is void.
+                    let mut void = false;
                     self.verified.send_if_modified(|verified| match *verified {
                         Verified::NotYet if sealed => {
                             *verified = Verified::Yes;
@@ -195,11 +231,14 @@ impl LazyBlob {
                         }
                         Verified::Yes if !sealed => {
                             *verified = Verified::NotYet;
-                            self.filling.store(false, Ordering::Release);
+                            void = true;
                             true
                         }
                         _ => false,
                     });
+                    if void {
+                        self.filling.store(false, Ordering::Release);
+                    }
                 }
                 Err(error) => {
                     slot.failed = Some(Instant::now());
@@ -317,7 +356,14 @@ impl LazyBlob {
         let hold = self.hold();
         for _ in 0..ROUNDS {
             self.complete().await?;
-            let room = self.shared.room(range.len(), Urgency::Demand).await;
+            let deadline = Deadline::after(self.shared.config.read_timeout);
+            let room = self.shared.room(range.len(), Urgency::Demand);
+            let Ok(room) = timeout_at(deadline.instant(), room).await else {
+                return Err(BlobError::Deadline {
+                    digest: self.digest,
+                    range,
+                });
+            };
             if let Some(bytes) = self.look(&hold, range, true, take)? {
                 return Ok(bytes.with_room(room));
             }
@@ -398,22 +444,25 @@ impl LazyBlob {
     /// # Errors
     /// [`BlobError::NoRoom`] when the cache cannot hold it.
     pub async fn complete(self: &Arc<Self>) -> Result<(), BlobError> {
-        let hold = self.hold();
-        self.filling.store(true, Ordering::Release);
         for _ in 0..ROUNDS {
             self.check()?;
             if *self.verified.borrow() == Verified::Yes {
                 return Ok(());
             }
+            // What was wrong is thrown away and fetched again: the entry is another one then.
+            let hold = self.hold();
+            self.filling.store(true, Ordering::Release);
             self.fetch_all(&hold).await?;
             if self.hash_what_came(&hold).await {
                 self.check()?;
                 return Ok(());
             }
-            if hold.entry().is_none() {
+            if hold.entry().is_none() && !self.doubted.load(Ordering::Acquire) {
                 break;
             }
         }
+        // It may have been decided just now.
+        self.check()?;
         Err(BlobError::NoRoom {
             digest: self.digest,
             size: self.size,
@@ -506,14 +555,16 @@ impl LazyBlob {
         }
         self.shared.cache.failed(error);
         tracing::debug!(digest = %self.digest, error = %Chain(error), "the cache fails; reading without it");
-        self.verified.send_if_modified(|verified| {
+        let void = self.verified.send_if_modified(|verified| {
             let was = *verified == Verified::Yes;
             if was {
                 *verified = Verified::NotYet;
-                self.filling.store(false, Ordering::Release);
             }
             was
         });
+        if void {
+            self.filling.store(false, Ordering::Release);
+        }
     }
 
     /// Closes the entry for all who hold the blob, so that a file without a name takes no room; whether it was open.
@@ -525,6 +576,13 @@ impl LazyBlob {
         }
         drop(slot);
         gone.is_some()
+    }
+
+    /// Forgets all that came of it, here and in the kernel: some of it is wrong. Whoever holds the blob next begins it anew.
+    pub(super) fn abandon(&self, entry: &Arc<Entry>) {
+        self.let_go(entry, None);
+        lock(&self.state).overlay.clear();
+        let _ = self.shared.events.send(Event::Corrupt(self.digest));
     }
 
     /// An error once the content is known to be wrong.
@@ -555,7 +613,7 @@ impl LazyBlob {
                 }
                 if entry.is_discarded() {
                     // Another process found it wrong. Whoever holds the blob next begins it anew.
-                    self.let_go(&entry, None);
+                    self.abandon(&entry);
                 }
                 entry.missing(range)
             }

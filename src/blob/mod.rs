@@ -6,18 +6,19 @@
 //! `prefetch.rs` (pure). A blob that is whole is hashed and sealed behind all this (`verify.rs`). Bytes that the cache
 //! cannot take are handed through memory (`overlay.rs`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, broadcast, watch};
 
 mod budget;
 #[cfg(test)]
-mod faults;
+mod fault_tests;
 mod fetch;
 mod flight;
 mod hashers;
+mod hedge;
 mod lazy;
 mod link;
 mod memory;
@@ -35,10 +36,12 @@ pub use memory::Memory;
 
 use budget::Budget;
 use hashers::Hashers;
+use hedge::Purse;
 use readers::Readers;
 
-use crate::base::rt::Handle;
+use crate::base::rt::{Handle, hashing_threads};
 use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicU64, Ordering};
 use crate::base::{ByteRange, Digest, lock};
 use crate::cache::Cache;
 use crate::registry::{Registry, RegistryConfig, RegistryError, Repository};
@@ -48,6 +51,9 @@ use crate::registry::{Registry, RegistryConfig, RegistryError, Repository};
 const PARTS_AT_ONCE: usize = RegistryConfig::MOST_CONNECTIONS;
 /// Requests for what a reader waits for, beside those.
 const DEMANDS_AT_ONCE: usize = 32;
+
+/// Most blobs that turned out wrong which are remembered.
+const MOST_WRONG: usize = 64;
 
 /// What is fetched beside what is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -173,6 +179,21 @@ pub enum Verified {
     },
 }
 
+/// A blob that came whole and did not have its digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wrong {
+    /// The digest that it should have.
+    pub digest: Digest,
+    /// The digest that it had.
+    pub actual: Digest,
+    /// Who sent it, for people; nobody, when an earlier process had brought it.
+    pub sources: Vec<String>,
+    /// When it was found out.
+    pub at: SystemTime,
+    /// Whether it is final: it was wrong the second time, and reads fail. Else it was fetched again.
+    pub lasting: bool,
+}
+
 /// What happens to blobs, for the layers above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -180,7 +201,7 @@ pub enum Event {
     Wanted(Digest),
     /// A blob is complete, verified and sealed.
     Sealed(Digest),
-    /// A blob is complete and wrong; nothing of it may be served from any cache.
+    /// A blob was complete and wrong; nothing of what came so far may be served from any cache. It may be fetched again.
     Corrupt(Digest),
 }
 
@@ -205,6 +226,11 @@ struct Shared {
     link: link::Link,
     readers: Arc<Readers>,
     hashers: Hashers,
+    purse: Purse,
+    /// Second requests that were made beside slow ones.
+    hedges: AtomicU64,
+    /// The last blobs that turned out wrong.
+    wrong: Mutex<VecDeque<Wrong>>,
     events: broadcast::Sender<Event>,
 }
 
@@ -217,6 +243,16 @@ impl Shared {
         self.foreground.send_modify(|count| *count += 1);
         self.readers.wait(true);
         Foreground(Arc::clone(self))
+    }
+}
+
+impl Shared {
+    fn note_wrong(&self, wrong: Wrong) {
+        let mut all = lock(&self.wrong);
+        if all.len() == MOST_WRONG {
+            all.pop_front();
+        }
+        all.push_back(wrong);
     }
 }
 
@@ -233,26 +269,11 @@ impl Blobs {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn new(cache: Cache, registry: Registry, config: BlobConfig) -> Self {
-        let readers = Arc::new(Readers::new());
-        let hashers = Hashers::new(Arc::clone(&readers));
-        Self::with(cache, registry, config, readers, hashers)
+        Self::with(cache, registry, config, hashing_threads())
     }
 
-    /// As [`Blobs::new`], for tests that must always go the same way: what has come is hashed by whoever brings it.
-    #[cfg(test)]
-    fn in_step(cache: Cache, registry: Registry, config: BlobConfig) -> Self {
+    fn with(cache: Cache, registry: Registry, config: BlobConfig, threads: usize) -> Self {
         let readers = Arc::new(Readers::new());
-        let hashers = Hashers::at_once(Arc::clone(&readers));
-        Self::with(cache, registry, config, readers, hashers)
-    }
-
-    fn with(
-        cache: Cache,
-        registry: Registry,
-        config: BlobConfig,
-        readers: Arc<Readers>,
-        hashers: Hashers,
-    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 cache,
@@ -264,7 +285,10 @@ impl Blobs {
                 table: Mutex::default(),
                 demands: Semaphore::new(DEMANDS_AT_ONCE),
                 foreground: watch::Sender::new(0),
-                hashers,
+                hashers: Hashers::new(Arc::clone(&readers), threads),
+                purse: Purse::default(),
+                hedges: AtomicU64::new(0),
+                wrong: Mutex::default(),
                 readers,
                 events: broadcast::Sender::new(1024),
             }),
@@ -317,6 +341,16 @@ impl Blobs {
     /// What hashing has cost since these blobs were joined.
     pub fn hash_cost(&self) -> HashCost {
         self.shared.hashers.cost()
+    }
+
+    /// The last blobs that turned out wrong, the latest last.
+    pub fn wrong(&self) -> Vec<Wrong> {
+        lock(&self.shared.wrong).iter().cloned().collect()
+    }
+
+    /// Requests that were made a second time beside a slow one.
+    pub fn hedges(&self) -> u64 {
+        self.shared.hedges.load(Ordering::Relaxed)
     }
 
     /// What happens from now on. A receiver that falls far behind misses the oldest events.

@@ -4,14 +4,15 @@
 //! reader (`hashers.rs`). When it reaches the end, the blob is sealed or thrown away.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 
 use super::lazy::{Chain, Hold, LazyBlob};
-use super::{Event, Verified};
+use super::{Event, Verified, Wrong};
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::Ordering;
-use crate::base::{ByteRange, Hasher, lock};
+use crate::base::{ByteRange, Digest, Hasher, Instant, lock};
 use crate::cache::Entry;
 
 /// Bytes hashed at a time: few enough to stay in a processor's second-level cache between reading and hashing.
@@ -202,7 +203,7 @@ impl LazyBlob {
         }
     }
 
-    fn decide(&self, entry: &Arc<Entry>, hasher: Hasher) {
+    fn decide(self: &Arc<Self>, entry: &Arc<Entry>, hasher: Hasher) {
         let actual = hasher.finish();
         if actual == self.digest {
             if let Err(error) = entry.seal() {
@@ -211,20 +212,63 @@ impl LazyBlob {
                     // The disk has lost bytes of it since they were hashed.
                     self.filling
                         .store(false, std::sync::atomic::Ordering::Release);
-                    self.let_go(entry, Some(std::time::Instant::now()));
+                    self.let_go(entry, Some(Instant::now()));
                     return;
                 }
             }
             self.verified.send_replace(Verified::Yes);
+            self.doubted.store(false, Ordering::Release);
+            self.take_sources();
             tracing::info!(digest = %self.digest, bytes = self.size, "complete and verified");
             let _ = self.shared.events.send(Event::Sealed(self.digest));
         } else {
+            self.wrong(entry, actual);
+        }
+    }
+
+    /// What came is wrong. It is thrown away and fetched again from somebody else, once; then reads fail.
+    fn wrong(self: &Arc<Self>, entry: &Arc<Entry>, actual: Digest) {
+        let lasting = self.doubted.swap(true, Ordering::AcqRel);
+        if lasting {
             // Readers fail from here on, before the bytes go.
             self.verified.send_replace(Verified::No { actual });
-            tracing::error!(digest = %self.digest, %actual, "the registry's content is wrong; nothing of it is kept");
-            entry.discard();
-            self.let_go(entry, None);
-            let _ = self.shared.events.send(Event::Corrupt(self.digest));
+        }
+        let sources = self.take_sources();
+        for repository in self.repositories() {
+            self.shared
+                .registry
+                .blame(&repository, &self.digest, &sources);
+        }
+        let mut named: Vec<_> = sources.iter().map(ToString::to_string).collect();
+        named.sort();
+        named.dedup();
+        let from = if named.is_empty() {
+            "an earlier run".to_owned()
+        } else {
+            named.join(", ")
+        };
+        if lasting {
+            tracing::error!(digest = %self.digest, %actual, from, "the content is wrong again; nothing of it is kept, and reads fail");
+        } else {
+            tracing::error!(digest = %self.digest, %actual, from, "the content is wrong; nothing of it is kept, and it is fetched again from elsewhere. Whoever has read it may have read wrong bytes");
+        }
+        self.shared.note_wrong(Wrong {
+            digest: self.digest,
+            actual,
+            sources: named,
+            at: SystemTime::now(),
+            lasting,
+        });
+        entry.discard();
+        self.abandon(entry);
+        if !lasting {
+            let blob = Arc::clone(self);
+            self.shared.runtime.spawn(async move {
+                if let Err(error) = blob.complete().await {
+                    tracing::warn!(digest = %blob.digest, error = %Chain(&error), "a blob that was wrong cannot be fetched again");
+                    blob.filling.store(false, Ordering::Release);
+                }
+            });
         }
     }
 }

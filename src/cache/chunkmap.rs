@@ -22,10 +22,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::disk;
 use super::lock::Claim;
+use crate::base::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::base::{ByteRange, Digest};
 
 const MAGIC: &[u8; 8] = b"OCIFSMAP";

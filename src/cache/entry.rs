@@ -19,7 +19,6 @@
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Read as _};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -31,6 +30,7 @@ use super::disk::{self, Access, sync_dir};
 use super::lock::{self, Claim};
 use super::mapped::{Data, Map};
 use super::{Cache, CacheError};
+use crate::base::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::base::{ByteRange, Digest, Hasher};
 
 /// The last use of a blob is noted again only when the note is older than this.
@@ -186,7 +186,7 @@ impl Entry {
             // Taking the exclusive lock gives up the shared one first, so two of us cannot wait for each other.
             if !lock::try_exclusive(&data).map_err(failed())? {
                 // Somebody uses the files as they are, or is making them now.
-                std::thread::sleep(Duration::from_millis(2));
+                crate::base::rt::pause(Duration::from_millis(2));
                 return Ok(None);
             }
             metadata = data.metadata().map_err(failed())?;

@@ -44,7 +44,7 @@ fn within(file: &File, operation: FlockOperation, patience: Duration) -> io::Res
                 ));
             }
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                std::thread::sleep(pause.min(deadline.left()));
+                crate::base::rt::pause(pause.min(deadline.left()));
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
             result => return Ok(result?),

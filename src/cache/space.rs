@@ -12,13 +12,13 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::chunkmap::ChunkMap;
 use super::disk::{self, Access};
 use super::evict::{self, Candidate};
 use super::{BlobInfo, Cache, CacheError, index, lock};
+use crate::base::sync::Mutex;
 use crate::base::{ByteRange, Digest, lock as guard};
 
 /// An estimate older than this is replaced by a scan.

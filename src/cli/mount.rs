@@ -391,6 +391,17 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, life: &
         };
         json!({ "digest": blob.digest(), "size": blob.size(), "cached": blob.cached(), "verified": verified })
     });
+    let wrong = blobs.wrong();
+    let wrong = wrong.iter().map(|wrong| {
+        let ago = wrong.at.elapsed().unwrap_or_default();
+        json!({
+            "digest": wrong.digest,
+            "actual": wrong.actual,
+            "from": wrong.sources,
+            "agoSeconds": ago.as_secs(),
+            "lasting": wrong.lasting,
+        })
+    });
     let hashing = blobs.hash_cost();
     let (used, peak) = blobs.memory();
     json!({
@@ -406,6 +417,8 @@ async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, life: &
         "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit, "trouble": blobs.cache().trouble() },
         "models": shown,
         "blobs": live.collect::<Vec<_>>(),
+        "wrong": wrong.collect::<Vec<_>>(),
+        "hedges": blobs.hedges(),
     })
 }
 

@@ -141,6 +141,27 @@ fn print(answer: &Value) -> Result<()> {
         [Align::Left, Align::Right, Align::Right, Align::Left],
         &rows,
     )?;
+    for wrong in answer["wrong"].as_array().unwrap_or(&none) {
+        let digest: String = text(&wrong["digest"]).chars().take(19).collect();
+        let from: Vec<_> = wrong["from"]
+            .as_array()
+            .unwrap_or(&none)
+            .iter()
+            .map(text)
+            .collect();
+        let from = match from.is_empty() {
+            true => "an earlier run".to_owned(),
+            false => from.join(", "),
+        };
+        let outcome = match wrong["lasting"].as_bool() {
+            Some(true) => "wrong again: reads fail",
+            _ => "thrown away and fetched again; who had read it may have read wrong bytes",
+        };
+        let ago = span(wrong["agoSeconds"].as_u64().unwrap_or(0));
+        line(format_args!(
+            "  {digest} came WRONG from {from}, {ago} ago; {outcome}"
+        ))?;
+    }
     Ok(())
 }
 

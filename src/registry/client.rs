@@ -12,9 +12,10 @@ use super::credentials::Sources;
 use super::error::chain;
 use super::mirrors::{Advice, Ways};
 use super::peer::Peer;
+use super::range::Source;
 use super::retry::{self, Decision, Tries};
 use super::{RegistryConfig, RegistryError, Repository};
-use crate::base::{Deadline, Instant};
+use crate::base::{Deadline, Digest, Instant};
 
 /// What all clones of a [`super::Registry`] share.
 #[derive(Debug)]
@@ -184,6 +185,22 @@ impl Client {
             }
         }
         None
+    }
+
+    /// See [`super::Registry::blame`].
+    pub(super) fn blame(&self, repository: &Repository, digest: &Digest, sources: &[Arc<Source>]) {
+        let way = self.ways.last(repository);
+        let key = format!("{}/blobs/{digest}", repository.path());
+        let now = Instant::now();
+        let of_mirrors = sources.iter().any(|source| source.is_mirror);
+        for mirror in way.mirrors.iter().filter(|_| of_mirrors) {
+            let name = mirror.name(repository);
+            let its_own = sources.iter().any(|source| source.server == name);
+            mirror.health.distrusted(&key, its_own, now);
+        }
+        for peer in way.mirrors.iter().chain([&way.server]) {
+            peer.kept.drop_of(&(repository.clone(), *digest));
+        }
     }
 
     /// The server that is likely to send a blob, as far as is known without asking.

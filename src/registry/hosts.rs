@@ -1,18 +1,24 @@
-//! What is known about each host that sends bytes: lanes for parts, and pauses that it asked for.
+//! What is known about each host that sends bytes: lanes for parts, what it usually takes, and pauses that it asked for.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use reqwest::Client;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::lanes::Lanes;
+use super::patience::Patience;
 use crate::base::{Instant, lock};
 
 /// The longest that a host is left alone on its word; then one request asks again. Limits per repository or per kind of
 /// request ask for hours, and say nothing about the others.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Pieces that come sooner than this are not worth a lock.
+const NOTABLE: Duration = Duration::from_millis(1);
+/// Requests that fail together get new connections together.
+const RENEW_AGAIN: Duration = Duration::from_secs(1);
 /// Hosts that are remembered; those that nobody uses go when there are more.
 const MOST: usize = 1024;
 
@@ -31,11 +37,20 @@ pub(super) struct Host {
     state: Mutex<State>,
     /// Bytes of blobs that it has sent.
     delivered: AtomicU64,
+    renewed: Mutex<Renewed>,
+}
+
+/// Clients for small requests that took the place of the common ones, whose connections to this host had died.
+#[derive(Debug, Default)]
+struct Renewed {
+    last: Option<Instant>,
+    clients: [Option<Client>; 2],
 }
 
 #[derive(Debug)]
 struct State {
     lanes: Lanes,
+    patience: Patience,
     /// Permits that exist.
     permits: usize,
     /// It asked to be left alone until then.
@@ -73,10 +88,12 @@ impl Hosts {
             permits: Arc::new(Semaphore::new(permits)),
             state: Mutex::new(State {
                 lanes,
+                patience: Patience::default(),
                 permits,
                 pause: None,
             }),
             delivered: AtomicU64::new(0),
+            renewed: Mutex::default(),
         });
         hosts.insert(address.to_owned(), Arc::clone(&host));
         host
@@ -125,7 +142,60 @@ impl Host {
 
     /// A body of `bytes` took so long to its first byte and from there to its last.
     pub(super) fn timed(&self, head: Duration, body: Duration, bytes: u64) {
-        lock(&self.state).lanes.timed(head, body, bytes);
+        let mut state = lock(&self.state);
+        state.lanes.timed(head, body, bytes);
+        state.patience.body(body, bytes);
+    }
+
+    /// It took so long to answer.
+    pub(super) fn answered(&self, took: Duration) {
+        lock(&self.state).patience.head(took);
+    }
+
+    /// It took so long to the next piece of a body.
+    pub(super) fn went_on(&self, took: Duration) {
+        // Most pieces are there when they are asked for.
+        if took >= NOTABLE {
+            lock(&self.state).patience.gap(took);
+        }
+    }
+
+    /// It has sent nothing for so long that its connection is given up.
+    pub(super) fn stalled(&self) {
+        lock(&self.state).patience.stalled();
+    }
+
+    /// How long to wait for its answer, at most `most`.
+    pub(super) fn patience_for_head(&self, most: Duration) -> Duration {
+        lock(&self.state).patience.for_head(most)
+    }
+
+    /// How long to wait for the next piece of a body, at most `most`.
+    pub(super) fn patience_for_gap(&self, most: Duration) -> Duration {
+        lock(&self.state).patience.for_gap(most)
+    }
+
+    /// From how long on a request for `bytes` bytes is slow.
+    pub(super) fn slow(&self, bytes: u64) -> Duration {
+        lock(&self.state).patience.slow(bytes)
+    }
+
+    /// The client of a kind for this host alone, if the common one's connections had died.
+    pub(super) fn client(&self, kind: usize) -> Option<Client> {
+        lock(&self.renewed).clients[kind].clone()
+    }
+
+    /// Puts a client without any connections in the place of the one of this kind.
+    pub(super) fn renew(&self, kind: usize, make: impl FnOnce() -> Option<Client>) {
+        let mut renewed = lock(&self.renewed);
+        if renewed
+            .last
+            .is_none_or(|last| last.elapsed() >= RENEW_AGAIN)
+            && let Some(client) = make()
+        {
+            renewed.last = Some(Instant::now());
+            renewed.clients[kind] = Some(client);
+        }
     }
 
     /// Makes the permits as many as the lanes; those in use are taken away when they come back.

@@ -23,6 +23,8 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 const SLOW: u32 = 6;
 /// How long a mirror is not asked again for what it did not have: every part of a blob would ask it first.
 const MISSING: Duration = Duration::from_secs(60);
+/// How long a mirror is not asked again for a blob of which it sent wrong bytes, and the others only in need.
+const LIED: Duration = Duration::from_secs(3600);
 /// Most registries whose ways are remembered.
 const MOST_REGISTRIES: usize = 4096;
 /// Most missing things that are remembered of a mirror.
@@ -198,6 +200,8 @@ struct State {
     failures: u32,
     rest_until: Option<Instant>,
     missing: HashMap<String, Instant>,
+    /// Blobs that turned out wrong: until when, and whether its own bytes were among them.
+    wrong: HashMap<String, (Instant, bool)>,
 }
 
 /// Whether a mirror is to be asked.
@@ -205,9 +209,9 @@ struct State {
 pub(super) enum Advice {
     /// Yes.
     Ask,
-    /// Only when the registry itself fails: it failed a moment ago.
+    /// Only when the registry itself fails: it failed a moment ago, or another mirror sent wrong bytes of this.
     Rest,
-    /// No: it said that it does not have this.
+    /// No: it said that it does not have this, or sent wrong bytes of it.
     Skip,
 }
 
@@ -215,6 +219,10 @@ impl Health {
     /// Whether to ask for `key`.
     pub(super) fn advice(&self, key: &str, now: Instant) -> Advice {
         let state = lock(&self.0);
+        let wrong = state.wrong.get(key).filter(|(until, _)| *until > now);
+        if let Some((_, its_own)) = wrong {
+            return if *its_own { Advice::Skip } else { Advice::Rest };
+        }
         if state.missing.get(key).is_some_and(|until| *until > now) {
             Advice::Skip
         } else if state.rest_until.is_some_and(|until| until > now) {
@@ -229,6 +237,17 @@ impl Health {
         let mut state = lock(&self.0);
         state.failures = 0;
         state.rest_until = None;
+    }
+
+    /// What came for `key` was wrong, and whether this mirror sent some of it.
+    pub(super) fn distrusted(&self, key: &str, its_own: bool, now: Instant) {
+        let mut state = lock(&self.0);
+        if state.wrong.len() >= MOST_MISSING {
+            state.wrong.retain(|_, (until, _)| *until > now);
+        }
+        if state.wrong.len() < MOST_MISSING {
+            state.wrong.insert(key.to_owned(), (now + LIED, its_own));
+        }
     }
 
     /// It did not deliver `key`, and took so long to fail. Trouble is trouble for everything; a refusal is one of this alone.
@@ -309,5 +328,18 @@ mod tests {
         assert_eq!(health.advice("b", at(1.0)), Advice::Ask);
         assert_eq!(health.advice("c", at(1.0)), Advice::Skip);
         assert_eq!(health.advice("a", at(61.0)), Advice::Ask);
+    }
+
+    #[test]
+    fn a_mirror_that_lied_of_a_blob_is_not_asked_for_it_and_the_others_only_in_need() {
+        let (liar, other) = (Health::default(), Health::default());
+        let start = Instant::now();
+        liar.distrusted("a", true, start);
+        other.distrusted("a", false, start);
+        liar.worked();
+        assert_eq!(liar.advice("a", start), Advice::Skip);
+        assert_eq!(other.advice("a", start), Advice::Rest);
+        assert_eq!(liar.advice("b", start), Advice::Ask);
+        assert_eq!(liar.advice("a", start + LIED), Advice::Ask);
     }
 }

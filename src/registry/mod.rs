@@ -36,6 +36,7 @@ mod lanes;
 mod login;
 mod manifest;
 mod mirrors;
+mod patience;
 mod peer;
 mod pool;
 mod push;
@@ -60,7 +61,7 @@ pub use keep::{KeepError, Kept, forget_login, is_login_used, keep_login};
 pub use login::Accepted;
 pub use manifest::{Manifest, Resolved};
 pub use push::Pushed;
-pub use range::{BlobBody, BodyStream};
+pub use range::{BlobBody, BodyStream, Source};
 pub use reference::{Reference, ReferenceError, Repository, Tag};
 
 /// How to reach registries. Proxies named in the environment (`HTTPS_PROXY`, `NO_PROXY`, …) are used, except for loopback.
@@ -76,7 +77,8 @@ pub struct RegistryConfig {
     pub hosts_dir: Option<PathBuf>,
     /// How long a TCP and TLS connection may take to come up.
     pub connect_timeout: Duration,
-    /// How long a server may send nothing: before the response head, and between two pieces of a body.
+    /// The longest that a server may send nothing: before the response head, and between two pieces of a body. One that is known to
+    /// be quick gets several times what it usually takes, some seconds at least.
     pub stall_timeout: Duration,
     /// The protocol to speak.
     pub http: HttpVersion,
@@ -183,8 +185,33 @@ impl Registry {
         deadline: Deadline,
     ) -> Result<BlobBody, RegistryError> {
         self.client
-            .blob(repository, digest, size, range, deadline)
+            .blob(repository, digest, size, range, false, deadline)
             .await
+    }
+
+    /// As [`Registry::blob`], over a connection that has carried nothing before: a kept one may have died without a word.
+    pub async fn blob_afresh(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        size: u64,
+        range: ByteRange,
+        deadline: Deadline,
+    ) -> Result<BlobBody, RegistryError> {
+        self.client
+            .blob(repository, digest, size, range, true, deadline)
+            .await
+    }
+
+    /// From how long on a request for `bytes` bytes of a blob is slow, by what its host usually takes.
+    pub fn slow(&self, repository: &Repository, digest: &Digest, bytes: u64) -> Duration {
+        self.client.host_of(repository, digest).slow(bytes)
+    }
+
+    /// Takes note that a blob that came from `sources` does not have its digest. Mirrors among them are not asked for it again for
+    /// an hour, and the others only when the registry itself fails; where redirects led for it is forgotten.
+    pub fn blame(&self, repository: &Repository, digest: &Digest, sources: &[Arc<Source>]) {
+        self.client.blame(repository, digest, sources);
     }
 
     /// The repository's tags, at most `limit`.

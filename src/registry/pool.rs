@@ -190,6 +190,14 @@ impl Pool {
         Ok(origin.idle.pop())
     }
 
+    /// Closes the idle connections to the origin of `url`: one of them was found dead, and the others are no younger.
+    pub(super) fn forget(&self, url: &Url) {
+        let key = format!("{}://{}", url.scheme(), address_of(url));
+        if let Some(origin) = lock(&self.origins).get_mut(&key) {
+            origin.idle.clear();
+        }
+    }
+
     fn note_otherwise(&self, key: String) -> PoolError {
         tracing::debug!(origin = key, "the server does not speak HTTP/1.1");
         let mut origins = lock(&self.origins);

@@ -34,6 +34,9 @@ pub enum BlobBody {
 pub struct BodyStream {
     /// On the heap, for it is large and what holds it is moved about.
     response: Box<Response>,
+    source: Arc<Source>,
+    /// Since when the next piece is waited for.
+    waiting: Option<Instant>,
     /// Bytes that the server announced and has not sent yet.
     left: u64,
     /// Bytes asked for that the server did not announce.
@@ -50,7 +53,37 @@ pub struct BodyStream {
     mirror: Option<Box<(Arc<Health>, String)>>,
 }
 
+/// Who sends a blob.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The registry or mirror that was asked.
+    pub server: String,
+    /// Whether it is a mirror.
+    pub is_mirror: bool,
+    /// `host[:port]` that sends the bytes, behind all redirects.
+    pub host: String,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.is_mirror { "mirror " } else { "" };
+        write!(f, "{kind}{}", self.server)?;
+        if self.host != self.server {
+            write!(f, " by way of {}", self.host)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whoever asks for the next piece again after a while gets so long for it at least.
+const LEAST_WAIT: Duration = Duration::from_secs(1);
+
 impl BodyStream {
+    /// Who sends it.
+    pub fn source(&self) -> &Arc<Source> {
+        &self.source
+    }
+
     /// The next piece, `None` behind the last. A body that ends early, runs over or stalls is a transient error:
     /// what came before is right, and the rest can be asked for; a mirror that did it is left for the next server.
     pub async fn next(&mut self) -> Result<Option<Bytes>, RegistryError> {
@@ -71,7 +104,12 @@ impl BodyStream {
             reason,
         };
         while !self.ended {
-            match next_piece(&mut self.response, self.stall_timeout, &self.what).await {
+            let patience = self.host.patience_for_gap(self.stall_timeout);
+            let now = Instant::now();
+            let since = *self.waiting.get_or_insert(now);
+            let left = patience.saturating_sub(now - since);
+            let left = left.max(LEAST_WAIT.min(patience));
+            match next_piece(&mut self.response, left, &self.what).await {
                 Ok(Some(piece)) if piece.is_empty() => continue,
                 Ok(Some(piece)) if piece.len() as u64 > self.left => {
                     self.ended = true;
@@ -81,6 +119,8 @@ impl BodyStream {
                     ));
                 }
                 Ok(Some(piece)) => {
+                    self.waiting = None;
+                    self.host.went_on(since.elapsed());
                     self.left -= piece.len() as u64;
                     self.received += piece.len() as u64;
                     self.host.delivered(piece.len() as u64);
@@ -100,6 +140,9 @@ impl BodyStream {
                 }
                 Err(error) => {
                     self.ended = true;
+                    if matches!(error, RegistryError::Timeout { .. }) {
+                        self.host.stalled();
+                    }
                     return Err(error);
                 }
             }
@@ -229,6 +272,11 @@ impl KeptUrls {
         kept.insert(key, url);
     }
 
+    /// Forgets where redirects led for this.
+    pub(super) fn drop_of(&self, key: &(Repository, Digest)) {
+        lock(&self.0).remove(key);
+    }
+
     /// Forgets `url`, unless somebody has found a newer one already.
     fn forget(&self, key: &(Repository, Digest), url: &Url) {
         let mut kept = lock(&self.0);
@@ -261,6 +309,7 @@ impl Client {
         digest: &Digest,
         size: u64,
         range: ByteRange,
+        fresh: bool,
         deadline: Deadline,
     ) -> Result<BlobBody, RegistryError> {
         let what = format!("blob {digest} of {repository}");
@@ -277,8 +326,8 @@ impl Client {
             path: format!("blobs/{digest}"),
             accept: None,
             range: Some(header),
-            bulk: range.len() >= BULK,
-            fresh: false,
+            bulk: range.len() >= BULK || fresh,
+            fresh,
             what,
         };
         let (call, key) = (&call, &(repository.clone(), *digest));
@@ -366,7 +415,14 @@ impl Peer {
                 reason,
             },
         )?;
+        let source = Source {
+            server: self.name(call.repository),
+            is_mirror: self.watched().is_some(),
+            host: address_of(&answer.url),
+        };
         let stream = |left: u64, withheld: u64| BodyStream {
+            source: Arc::new(source),
+            waiting: None,
             host: self.transport.host(&address_of(&answer.url)),
             head: answer.head,
             begun: Instant::now(),

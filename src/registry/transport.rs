@@ -99,6 +99,8 @@ pub(super) struct Transport {
     far_client: reqwest::Client,
     /// For large bodies through a proxy.
     far_bulk_client: reqwest::Client,
+    /// Makes more of them.
+    light: Light,
     /// For large bodies without one; `None` when HTTP/2 is asked for.
     pool: Option<Pool>,
     proxies: Matcher,
@@ -110,6 +112,57 @@ pub(super) struct Transport {
     stall_timeout: Duration,
 }
 
+/// What the clients for small requests, and for large ones through a proxy, are made with.
+#[derive(Debug)]
+struct Light {
+    trust: rustls::ClientConfig,
+    http: HttpVersion,
+    connect_timeout: Duration,
+}
+
+impl Light {
+    /// For loopback or not, and whether for large bodies.
+    fn build(&self, near: bool, bulk: bool) -> reqwest::Result<reqwest::Client> {
+        let http1 = match self.http {
+            HttpVersion::Http1 => true,
+            HttpVersion::Auto => bulk,
+            HttpVersion::Http2 => false,
+        };
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let builder = reqwest::Client::builder()
+            .user_agent(NAME)
+            .default_headers(headers)
+            .redirect(reqwest::redirect::Policy::none())
+            // Retries are decided in one place, with the deadline in view.
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .tcp_nodelay(true)
+            .tcp_keepalive(Duration::from_secs(30))
+            // All streams to a host share one HTTP/2 connection: at 50 ms round trip these windows carry 600 MB/s.
+            .http2_initial_stream_window_size(8 << 20)
+            .http2_initial_connection_window_size(32 << 20)
+            // A connection that died silently must not get the next try of each request that waits on it.
+            .http2_keep_alive_interval(Duration::from_secs(5))
+            .http2_keep_alive_timeout(Duration::from_secs(5))
+            .connect_timeout(self.connect_timeout);
+        let builder = if http1 {
+            let tls = tls::offering(&self.trust, &["http/1.1"]);
+            builder.http1_only().tls_backend_preconfigured(tls)
+        } else {
+            let tls = tls::offering(&self.trust, &["h2", "http/1.1"]);
+            builder.tls_backend_preconfigured(tls)
+        };
+        let builder = if near { builder.no_proxy() } else { builder };
+        builder.build()
+    }
+
+    /// As [`Self::build`]; that it fails now and did not before is no reason to fail a request.
+    fn make(&self, near: bool, bulk: bool) -> Option<reqwest::Client> {
+        self.build(near, bulk).ok()
+    }
+}
+
 impl Transport {
     /// Reads the CA files and prepares TLS.
     pub(super) fn new(config: &RegistryConfig, trust: &Trust) -> Result<Self, RegistryError> {
@@ -118,41 +171,17 @@ impl Transport {
         };
         let authorities = tls::read_authorities(config)?;
         let trust = tls::client(&authorities, trust)?;
-        let http1 = config.http == HttpVersion::Http1;
-        let build = |near: bool, http1: bool| {
-            let mut headers = HeaderMap::new();
-            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-            let builder = reqwest::Client::builder()
-                .user_agent(NAME)
-                .default_headers(headers)
-                .redirect(reqwest::redirect::Policy::none())
-                // Retries are decided in one place, with the deadline in view.
-                .retry(reqwest::retry::never())
-                .referer(false)
-                .tcp_nodelay(true)
-                .tcp_keepalive(Duration::from_secs(30))
-                // All streams to a host share one HTTP/2 connection: at 50 ms round trip these windows carry 600 MB/s.
-                .http2_initial_stream_window_size(8 << 20)
-                .http2_initial_connection_window_size(32 << 20)
-                // A connection that died silently must not get the next try of each request that waits on it.
-                .http2_keep_alive_interval(Duration::from_secs(15))
-                .http2_keep_alive_timeout(Duration::from_secs(10))
-                .connect_timeout(config.connect_timeout);
-            let builder = if http1 {
-                builder
-                    .http1_only()
-                    .tls_backend_preconfigured(tls::offering(&trust, &["http/1.1"]))
-            } else {
-                builder.tls_backend_preconfigured(tls::offering(&trust, &["h2", "http/1.1"]))
-            };
-            let builder = if near { builder.no_proxy() } else { builder };
-            builder.build().map_err(setup)
+        let light = Light {
+            trust: trust.clone(),
+            http: config.http,
+            connect_timeout: config.connect_timeout,
         };
         let dialer = Dialer::new(tls::offering(&trust, &["http/1.1"]), config.connect_timeout);
         Ok(Self {
-            near_client: build(true, http1)?,
-            far_client: build(false, http1)?,
-            far_bulk_client: build(false, config.http != HttpVersion::Http2)?,
+            near_client: light.build(true, false).map_err(setup)?,
+            far_client: light.build(false, false).map_err(setup)?,
+            far_bulk_client: light.build(false, true).map_err(setup)?,
+            light,
             pool: (config.http != HttpVersion::Http2).then(|| Pool::new(dialer)),
             proxies: Matcher::from_system(),
             hosts: Hosts::new(config.max_connections),
@@ -305,14 +334,22 @@ impl Transport {
                 None => self.send_light(ask, url, near, home, what).await,
             }
         };
-        let result = tokio::time::timeout(self.stall_timeout, sending)
-            .await
-            .unwrap_or_else(|_| {
+        let patience = host.patience_for_head(self.stall_timeout);
+        let begun = Instant::now();
+        let result = match tokio::time::timeout(patience, sending).await {
+            Ok(result) => result,
+            Err(_) => {
+                host.stalled();
+                self.hang_up_on(&host, ask, url, near);
                 Err(RegistryError::Timeout {
                     what: what.to_owned(),
-                    after: self.stall_timeout,
+                    after: patience,
                 })
-            });
+            }
+        };
+        if result.is_ok() {
+            host.answered(begun.elapsed());
+        }
         match &result {
             Ok(response) => match (response.status().as_u16(), asked_pause(response)) {
                 (429, pause) | (503, pause @ Some(_)) => host.refused(pause),
@@ -384,6 +421,17 @@ impl Transport {
         }
     }
 
+    /// Uses no connection to a host again that may be dead: one of them was.
+    fn hang_up_on(&self, host: &Host, ask: &Ask, url: &Url, near: bool) {
+        if let Some(pool) = &self.pool {
+            pool.forget(url);
+        }
+        let through_proxy = ask.bulk && self.proxied(url, near);
+        host.renew(usize::from(through_proxy), || {
+            self.light.make(near, through_proxy)
+        });
+    }
+
     /// Whether a proxy stands between us and a server.
     fn proxied(&self, url: &Url, near: bool) -> bool {
         let uri = || url.as_str().parse().ok();
@@ -399,12 +447,18 @@ impl Transport {
         home: bool,
         what: &str,
     ) -> Result<Response, RegistryError> {
-        let client = if near {
-            &self.near_client
-        } else if ask.bulk && self.proxied(url, near) {
-            &self.far_bulk_client
-        } else {
-            &self.far_client
+        let through_proxy = ask.bulk && self.proxied(url, near);
+        let host = self.hosts.get(&address_of(url));
+        let kind = usize::from(through_proxy);
+        if ask.fresh {
+            host.renew(kind, || self.light.make(near, through_proxy));
+        }
+        let renewed = host.client(kind);
+        let client = match (&renewed, near, through_proxy) {
+            (Some(client), _, _) => client,
+            (None, true, _) => &self.near_client,
+            (None, false, true) => &self.far_bulk_client,
+            (None, false, false) => &self.far_client,
         };
         let mut request = client.request(ask.method.clone(), url.clone());
         if home {
