@@ -40,7 +40,7 @@
 //! 3. A reader that goes on in order is kept ahead of; one that has read 16 MiB of a blob wants all of it, and with the
 //!    default setting the rest of its model, which then comes in the background while demand goes first.
 //! 4. Bytes are hashed in order behind the download. A whole blob with the right digest is sealed: renamed into the OCI
-//!    layout that the cache is, and from then on the kernel reads that file itself (FUSE passthrough), without us. With a wrong one it is thrown away, readers get `EIO`, and status and log say why.
+//!    layout that the cache is, and from then on the kernel reads that file itself (FUSE passthrough), without us. With a wrong one it is thrown away and fetched once more from elsewhere; when it is wrong again readers get `EIO`. Status and log say who sent it.
 //!
 //! # When the daemon dies
 //!

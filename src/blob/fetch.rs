@@ -563,11 +563,7 @@ impl LazyBlob {
 /// Does what may wait for the disk on behalf of `bytes` bytes. For many, the runtime's other tasks move to another thread meanwhile;
 /// for few, that would cost more than it saves.
 fn beside<T>(bytes: u64, work: impl FnOnce() -> T) -> T {
-    if bytes < GATHER {
-        work()
-    } else {
-        aside(work)
-    }
+    if bytes < GATHER { work() } else { aside(work) }
 }
 
 /// The right to make a request, given back when it is dropped.

@@ -192,8 +192,7 @@ impl Pool {
 
     /// Closes the idle connections to the origin of `url`: one of them was found dead, and the others are no younger.
     pub(super) fn forget(&self, url: &Url) {
-        let key = format!("{}://{}", url.scheme(), address_of(url));
-        if let Some(origin) = lock(&self.origins).get_mut(&key) {
+        if let Some(origin) = lock(&self.origins).get_mut(&origin_of(url)) {
             origin.idle.clear();
         }
     }
