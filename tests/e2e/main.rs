@@ -44,3 +44,4 @@ mod takeover_ends;
 mod takeover_manager;
 mod tools;
 mod tree;
+mod trouble;

@@ -4,6 +4,7 @@ pub mod artifact;
 pub mod certs;
 pub mod content;
 pub mod forward;
+pub mod freeze;
 pub mod held;
 pub mod helper;
 pub mod http;
