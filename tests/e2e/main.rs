@@ -11,6 +11,7 @@
 
 mod support;
 
+mod any_fault;
 mod behaviours;
 mod cache;
 mod crash;

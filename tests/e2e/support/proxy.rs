@@ -125,6 +125,12 @@ impl Proxy {
         });
     }
 
+    /// Honest again about this path alone.
+    pub fn forget(&self, path: &str) {
+        let mut rules = self.shared.rules.lock().unwrap();
+        rules.retain(|rule| rule.path != path);
+    }
+
     /// Honest again.
     pub fn behave(&self) {
         self.shared.rules.lock().unwrap().clear();
