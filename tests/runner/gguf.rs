@@ -81,14 +81,17 @@ fn convert(from: &Path, to: &Path) {
         "hidden_size": meta.number("embedding_length"), "intermediate_size": meta.number("feed_forward_length"),
         "num_hidden_layers": meta.number("block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "max_position_embeddings": meta.number("context_length"), "rms_norm_eps": meta.real("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": meta.real("rope.freq_base")},
+        "rope_theta": meta.real("rope.freq_base"), "rope_parameters": {"rope_type": "default", "rope_theta": meta.real("rope.freq_base")},
         "vocab_size": vocabulary, "tie_word_embeddings": tied, "bos_token_id": start, "eos_token_id": end,
     });
     std::fs::write(to.join("config.json"), config.to_string()).unwrap();
-    Tokenizer::from_gguf(&content)
+    // candle's reading puts a space before every text, which the publisher's tokenizer does not.
+    let tokenizer = Tokenizer::from_gguf(&content)
         .unwrap()
-        .save(to.join("tokenizer.json"), false)
+        .to_string(false)
         .unwrap();
+    let tokenizer = tokenizer.replace("\"add_prefix_space\":true", "\"add_prefix_space\":false");
+    std::fs::write(to.join("tokenizer.json"), tokenizer).unwrap();
     let template = meta.get("tokenizer.chat_template").to_string().unwrap();
     std::fs::write(to.join("chat_template.jinja"), template).unwrap();
     let words = json!({"bos_token": meta.token(start), "eos_token": meta.token(end), "tokenizer_class": "PreTrainedTokenizerFast"});
