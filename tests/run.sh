@@ -10,4 +10,4 @@ tests/setup.sh
 # Mounts and servers take two cores and a few hundred megabytes a test: more at once would only make deadlines tight.
 threads=$(nproc)
 export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$((threads < 4 ? threads : 4))}
-exec cargo test --locked "$@"
+exec cargo test --locked --features runner "$@"
