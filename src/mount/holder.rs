@@ -48,8 +48,8 @@ use super::{point, umount};
 /// The file that runs.
 const SELF: &str = "/proc/self/exe";
 
-/// How long a daemon may take to come up.
-const UP_BY: Duration = Duration::from_secs(60);
+/// How long a daemon may take to come up: less than whoever started us waits, who cannot end it.
+const UP_BY: Duration = Duration::from_secs(50);
 
 /// How often is looked whether a daemon is dead that does not go.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -228,9 +228,7 @@ impl<'a> Holder<'a> {
             };
             let status = self.attend(&mut daemon);
             self.remains.push(daemon.child);
-            // Those that have gone are waited for here, so that nothing is left of them.
-            self.remains
-                .retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            self.reap();
             self.reason = reason(status);
             let restart = daemon.restart.is_some();
             if let Some(program) = daemon.restart {
@@ -337,6 +335,9 @@ impl<'a> Holder<'a> {
                 self.told_to_end = true;
                 self.pass_on(daemon);
             }
+            if count == Ok(0) {
+                self.reap();
+            }
             if stuck {
                 say("the daemon is dead, and does not go while the kernel waits for an answer");
                 return ExitStatus::from_raw(libc::SIGKILL);
@@ -348,6 +349,12 @@ impl<'a> Holder<'a> {
                     .unwrap_or_else(|_| ExitStatus::from_raw(1 << 8));
             }
         }
+    }
+
+    /// Lets go of dead daemons that have gone by now, so that nothing is left of them.
+    fn reap(&mut self) {
+        self.remains
+            .retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 
     /// Passes on that the mount is to end, once there is somebody who listens for it.

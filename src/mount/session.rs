@@ -185,6 +185,7 @@ impl Mount {
             let kept = keep(keeper, &journal, &record, &session, &control);
             if let Err(error) = kept {
                 tracing::warn!(%error, "should this process die, the mount ends with it");
+                journal.abandon();
             }
         }
         let backings = Backings::default();
@@ -463,5 +464,62 @@ fn signalled() -> impl Future<Output = ()> + Send + 'static {
                 std::future::pending().await
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, recv, socketpair};
+
+    use super::*;
+
+    /// What a session with these flags of INIT gives to its keeper, or says.
+    fn kept(flags: u64) -> Result<Vec<String>, String> {
+        let text = format!(r#"{{"minor":40,"flags":{flags}}}"#);
+        let negotiated: Negotiated = serde_json::from_str(&text).unwrap();
+        let device = File::open("/dev/null").unwrap().into();
+        let session = Session::resume(device, negotiated);
+        let info = MountInfo {
+            major: 0,
+            minor: 9999,
+            root: "/".into(),
+            path: "/m".into(),
+            kind: FS_TYPE.into(),
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let handler: Handler = Arc::new(|_| Box::pin(async { Err(String::new()) }));
+        let control = Server::start(dir.path(), &info, handler).unwrap();
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let keeper = Keeper::holder(theirs).unwrap();
+        let journal = Journal::new().unwrap();
+        let record = SessionRecord::new(session.negotiated(), &info, SystemTime::UNIX_EPOCH);
+        let result = keep(&keeper, &journal, &record, &session, &control);
+        result.map_err(|error| error.to_string())?;
+        let mut heard = Vec::new();
+        let mut bytes = [0; 100];
+        while let Ok((length, _)) = recv(&ours, &mut bytes, rustix::net::RecvFlags::empty()) {
+            heard.push(String::from_utf8(bytes[..length].to_vec()).unwrap());
+        }
+        let (_, state) =
+            Journal::resume(journal.descriptor().try_clone_to_owned().unwrap()).unwrap();
+        assert_eq!(SessionRecord::parse(state.session()).unwrap(), record);
+        assert_eq!(record.info(), info);
+        Ok(heard)
+    }
+
+    #[tokio::test]
+    async fn a_session_is_kept_only_where_requests_can_be_sent_again() {
+        let names = ["ocifs-journal", "ocifs-control", "ocifs-device"];
+        let said = names.map(|name| format!("FDSTORE=1\nFDNAME={name}"));
+        assert_eq!(kept(1 << 39).unwrap(), said);
+        let refused = kept(0).unwrap_err();
+        assert!(
+            refused.contains("cannot send requests once more"),
+            "{refused}"
+        );
     }
 }

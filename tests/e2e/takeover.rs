@@ -366,6 +366,48 @@ fn replace(program: &Path, bytes: &[u8]) {
 }
 
 #[test]
+fn who_waits_through_a_take_over_can_be_killed_at_once() {
+    let published = Published::new();
+    let proxy = Proxy::start(published.registry.address());
+    let cache = scratch("cache");
+    let held = Held::start_as(patient(), cache.path(), ["--prefetch", "none"]);
+    let file = held.path(&format!("{}/org/m:v1/cold.safetensors", proxy.host()));
+    let path = file.clone();
+    within(PATIENCE, "stat", move || fs::metadata(path).unwrap());
+    proxy.always("/blobs/", Fault::Stall(0));
+    for script in [
+        "exec dd if=\"$0\" of=/dev/null bs=1M skip=20 iflag=direct",
+        "exec tail -c 1000000 \"$0\"",
+    ] {
+        let mut reader = std::process::Command::new("bash")
+            .args(["-c", script])
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually(PATIENCE, script, || {
+            let at = fs::read_to_string(format!("/proc/{}/wchan", reader.id())).unwrap();
+            ["request_wait_answer", "folio_wait_bit_common"]
+                .contains(&at.as_str())
+                .then_some(())
+        });
+        for _ in 0..2 {
+            held.kill_daemon();
+            held.daemon();
+        }
+        // It was sent again, and waits: as long as its number is known, a signal reaches it.
+        assert!(reader.try_wait().unwrap().is_none(), "it waits");
+        std::thread::sleep(Duration::from_millis(300));
+        reader.kill().unwrap();
+        wait(&mut reader, Duration::from_secs(10)).unwrap_or_else(|| panic!("{script} hangs"));
+    }
+    proxy.behave();
+    held.umount().ok();
+    held.assert_gone();
+}
+
+#[test]
 fn a_daemon_that_keeps_dying_is_given_up_with_an_error_and_the_point_can_be_mounted_again() {
     let published = Published::new();
     let proxy = Proxy::start(published.registry.address());

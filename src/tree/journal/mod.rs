@@ -163,6 +163,11 @@ impl Journal {
         self.write(&Record::TakenOver { reason });
     }
 
+    /// Nobody keeps it: nothing is written from here on, and whoever has it all the same is refused it.
+    pub fn abandon(&self) {
+        self.give_up(&mut lock(&self.place));
+    }
+
     /// Whether nothing is missing in it.
     pub fn is_whole(&self) -> bool {
         !lock(&self.place).broken

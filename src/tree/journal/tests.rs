@@ -226,6 +226,13 @@ fn what_is_no_journal_or_lacks_something_is_refused() {
         .unwrap();
     assert!(refused(descriptor(&journal).into()).contains("format 2"));
 
+    let journal = Journal::new().unwrap();
+    journal.session(b"session");
+    journal.abandon();
+    journal.session(b"again");
+    assert!(!journal.is_whole());
+    assert!(refused(descriptor(&journal).into()).contains("lacks"));
+
     // A file that cannot grow: nothing is half kept.
     let file = memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     let journal = Journal::begin(file.into()).unwrap();

@@ -89,11 +89,14 @@ impl Held {
         let children = format!("/proc/{0}/task/{0}/children", self.holder);
         let daemon: u32 = eventually(PATIENCE, "the holder starts a daemon", || {
             let children = fs::read_to_string(&children).expect("the holder runs");
-            let first = children.split_whitespace().next()?;
-            // Between fork and exec it is a copy of the holder still, and a failed start is not what is tested.
-            let name = fs::read(format!("/proc/{first}/cmdline")).ok()?;
-            let first = first.parse().ok()?;
-            (!name.starts_with(b"ocifs\0holder") && is_alive(first)).then_some(first)
+            // A dead one may not have gone yet; and between fork and exec a new one is a copy of the holder still.
+            children
+                .split_whitespace()
+                .filter_map(|pid| pid.parse().ok())
+                .find(|pid| {
+                    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                    line.starts_with(b"ocifs\0mount\0") && is_alive(*pid)
+                })
         });
         kill(daemon, Signal::KILL);
         daemon
