@@ -16,5 +16,5 @@ pub use range::ByteRange;
 pub use rt::Instant;
 pub use secret::Secret;
 pub use size::ByteSize;
-pub use start::start;
+pub use start::{Begun, begin, start};
 pub use sync::lock;

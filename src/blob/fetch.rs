@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join;
 use tokio::sync::SemaphorePermit;
 
 use super::BlobError;
@@ -14,7 +15,7 @@ use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
 use crate::base::rt::{aside, sleep, timeout, timeout_at};
 use crate::base::sync::atomic::Ordering;
-use crate::base::{ByteRange, Deadline, Instant, lock, start};
+use crate::base::{Begun, ByteRange, Deadline, Instant, begin, lock};
 use crate::cache::{CacheError, Claim, Writer};
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
@@ -90,8 +91,8 @@ struct Gathered {
 }
 
 impl LazyBlob {
-    /// Runs a flight that has been entered in the blob's list.
-    pub(super) fn fly(self: &Arc<Self>, flight: Arc<Flight>) {
+    /// Runs a flight that has been entered in the blob's list. One that a reader waits for is begun, for the reader to go on with.
+    pub(super) fn fly(self: &Arc<Self>, flight: Arc<Flight>) -> Option<Begun> {
         let landing = Landing {
             blob: Arc::clone(self),
             flight,
@@ -110,10 +111,10 @@ impl LazyBlob {
         };
         // A reader waits for this one, so the request leaves before another thread has woken.
         if urgency == Urgency::Demand {
-            start(&runtime, work);
-        } else {
-            runtime.spawn(work);
+            return begin(&runtime, work);
         }
+        runtime.spawn(work);
+        None
     }
 
     async fn request(self: &Arc<Self>, flight: &Flight, hold: &Hold) -> Result<(), BlobError> {
@@ -223,21 +224,35 @@ impl LazyBlob {
         mut body: Option<BodyStream>,
         keep: &mut Keep,
     ) -> Result<Brought, BlobError> {
-        let mut sink = self.sink(flight, hold, range, keep).await?;
         let mut pause = FIRST_PAUSE;
         // Of what was wrong nothing comes again over a connection that may have brought it.
         let mut fresh = self.doubted.load(Ordering::Acquire);
         let mut deadline = Deadline::after(self.shared.config.read_timeout);
+        let mut asked = None;
+        let mut sink = if body.is_none() && flight.is_boosted() {
+            // A reader waits: the server works while the cache is made ready for the answer.
+            let mut feed = Feed::ask(self, flight, range, deadline, fresh);
+            let sink = self.sink(flight, hold, range, keep);
+            let (answer, sink) = join(self.head(&mut feed), sink).await;
+            asked = Some((feed, answer));
+            sink?
+        } else {
+            self.sink(flight, hold, range, keep).await?
+        };
         while sink.position() < range.end() {
             let rest = ByteRange::new(sink.position(), range.end());
             let before = sink.position();
             let mut feed = match body.take() {
                 Some(body) => Feed::of(self, flight, before, body),
                 None => {
-                    let asked = Instant::now();
-                    let mut feed = Feed::ask(self, flight, rest, deadline, fresh);
-                    let answer = feed.head().await;
-                    self.shared.link.answered(asked.elapsed());
+                    let (feed, answer) = match asked.take() {
+                        Some(asked) => asked,
+                        None => {
+                            let mut feed = Feed::ask(self, flight, rest, deadline, fresh);
+                            let answer = self.head(&mut feed).await;
+                            (feed, answer)
+                        }
+                    };
                     match answer {
                         Ok(Answer::Range) => feed,
                         Ok(Answer::Whole(body)) if flight.whole => {
@@ -273,6 +288,13 @@ impl LazyBlob {
             }
         }
         Ok(Brought::All)
+    }
+
+    async fn head(&self, feed: &mut Feed<'_>) -> Result<Answer, RegistryError> {
+        let asked = Instant::now();
+        let answer = feed.head().await;
+        self.shared.link.answered(asked.elapsed());
+        answer
     }
 
     /// Asks the first repository that has the blob.

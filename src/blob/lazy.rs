@@ -18,7 +18,7 @@ use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
 use crate::base::rt::timeout_at;
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::base::{ByteRange, Deadline, Digest, Instant, lock};
+use crate::base::{Begun, ByteRange, Deadline, Digest, Instant, lock};
 use crate::cache::{Cache, CacheError, Data, Entry};
 use crate::registry::{Repository, Source};
 
@@ -652,7 +652,7 @@ impl LazyBlob {
             if deadline.passed() {
                 return Err(late());
             }
-            let flight = self.launch(&gaps, urgency);
+            let (flight, mut begun) = self.launch(&gaps, urgency);
             if urgency == Urgency::Demand {
                 flight.want(gap.end());
             }
@@ -683,7 +683,7 @@ impl LazyBlob {
                     break;
                 }
                 let until = if in_vain { u64::MAX } else { arrived };
-                let arrival = flight.arrival(until);
+                let arrival = arrival(&flight, until, &mut begun);
                 if timeout_at(deadline.instant(), arrival).await.is_err() {
                     // The one stream has to come past everything before; while it moves there is hope.
                     if !flight.whole || flight.progress().0 == at {
@@ -696,8 +696,13 @@ impl LazyBlob {
         }
     }
 
-    /// Begins what is needed for `gaps` beyond what is under way; returns the flight that brings the first byte.
-    fn launch(self: &Arc<Self>, gaps: &[ByteRange], urgency: Urgency) -> Arc<Flight> {
+    /// Begins what is needed for `gaps` beyond what is under way; returns the flight that brings the first byte, and what the caller
+    /// may do of it while it waits.
+    fn launch(
+        self: &Arc<Self>,
+        gaps: &[ByteRange],
+        urgency: Urgency,
+    ) -> (Arc<Flight>, Option<Begun>) {
         let part = self.part_size();
         let mut state = lock(&self.state);
         let mut begun = Vec::new();
@@ -709,7 +714,7 @@ impl LazyBlob {
                 found => found,
             };
             if let Some(stream) = under_way {
-                return Arc::clone(stream);
+                return (Arc::clone(stream), None);
             }
             begun.push(Flight::whole(self.size, urgency, first));
         } else {
@@ -724,10 +729,17 @@ impl LazyBlob {
             .or_else(|| state.flights.iter().find(covers))
             .map(Arc::clone);
         drop(state);
+        let bringer = bringer
+            .unwrap_or_else(|| unreachable!("what is missing and not under way was begun above"));
+        let mut own = None;
         for flight in begun {
-            self.fly(flight);
+            let first = Arc::ptr_eq(&flight, &bringer);
+            let begun = self.fly(flight);
+            if first {
+                own = begun;
+            }
         }
-        bringer.unwrap_or_else(|| unreachable!("what is missing and not under way was begun above"))
+        (bringer, own)
     }
 
     /// Tells the prefetcher of a read, and does what it advises.
@@ -754,7 +766,7 @@ impl LazyBlob {
             let hold = self.hold();
             let gaps = self.missing(&hold, ahead);
             if !gaps.is_empty() {
-                self.launch(&gaps, Urgency::Window);
+                drop(self.launch(&gaps, Urgency::Window));
             }
         }
         if everything && room && !self.filling.swap(true, Ordering::AcqRel) {
@@ -768,6 +780,21 @@ impl LazyBlob {
             });
         }
     }
+}
+
+/// Waits as [`Flight::arrival`] does, and does the flight's work meanwhile if that was begun here: its bytes then reach the reader
+/// without another thread.
+async fn arrival(flight: &Flight, until: u64, begun: &mut Option<Begun>) {
+    let arrival = flight.arrival(until);
+    let Some(work) = begun else {
+        return arrival.await;
+    };
+    tokio::select! {
+        biased;
+        () = arrival => return,
+        () = work => {}
+    }
+    *begun = None;
 }
 
 /// What is known of a blob before any byte of it came: of an empty one everything.
