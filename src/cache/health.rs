@@ -4,12 +4,12 @@
 //! for as long as it lasts `ocifs status` tells of it.
 
 use std::io;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Cache, CacheError};
 use crate::base::lock as guard;
+use crate::base::sync::Mutex;
+use crate::base::sync::atomic::{AtomicBool, Ordering};
 
 /// A disk that fails now and then is as good as one that fails: it has to go well for so long.
 const GOOD_AFTER: Duration = Duration::from_secs(5);

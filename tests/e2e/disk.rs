@@ -465,7 +465,7 @@ fn the_limit_holds_with_deleted_files_large_blobs_and_two_processes() {
                     for file in 0..small.count {
                         let file = (file + turn as u64 * 3 + round) % small.count;
                         // The kernel maps it, and it is closed, as engines do it.
-                        if file % 3 == 0 {
+                        if file.is_multiple_of(3) {
                             mapped
                                 .push(mapping(&mount.path(&small.file(file)), small.size as usize));
                         }

@@ -13,7 +13,7 @@ pub use deadline::Deadline;
 pub use digest::{Digest, DigestError, Hasher};
 pub use range::ByteRange;
 pub use rt::Instant;
-pub use start::start;
+pub use start::{Begun, begin};
 pub use sync::lock;
 
 /// See `src/base/sync.rs`.
