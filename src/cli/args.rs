@@ -283,7 +283,8 @@ pub struct Inspect {
     ocifs run ghcr.io/org/model:v1 -p 'Why is the sky blue?'\n  \
     ocifs run ghcr.io/org/model:v1\n  \
     ocifs run /models/ghcr.io/org/model:v1 --listen 127.0.0.1:8000\n\n\
-A reference is read through a mount that is there already, else through one that goes when the run ends.\n\
+A reference is read through a mount that is there already, else (and with options for the cache or registries)\n\
+through one of its own that goes when the run ends.\n\
 Text goes to stdout, figures to stderr.")]
 pub struct Run {
     /// The model: a directory, or [HOST/]REPOSITORY[:TAG][@DIGEST].

@@ -42,7 +42,9 @@ pub(super) fn run(global: &Global, args: &Run) -> Result<Exit> {
     // What is wrong with the settings is told before anything is mounted.
     context::settings(global, args.reading.values())?;
     let name = reference.to_string();
-    if let Some(found) = mounted(&name) {
+    // A mount that is there has its own cache and its own way to registries: not what was asked for when these were typed.
+    let told = !options(global, &args.reading).is_empty();
+    if let Some(found) = mounted(&name).filter(|_| !told) {
         return become_runner(&program, &found, args, Some(&name));
     }
     let mount = OwnMount::start(global, &args.reading)?;

@@ -123,7 +123,7 @@ fn the_client_works_as_with_its_own_service() {
         (Some("org/smollm2:v1"), Some("org/smollm2:v1"))
     );
     assert_eq!(
-        plain["one"]["choices"][0]["text"], " Paris.\n\nThe capital",
+        plain["one"]["choices"][0]["text"], " Paris.\n\nThe answer",
         "{plain}"
     );
     assert_eq!(plain["one"]["choices"][0]["finish_reason"], "length");
