@@ -253,7 +253,7 @@ mod tests {
             {{- raise_exception('no ' + message.role) }}\n    {% endif %}\n    {{- '<|' + message['role'] + '|>' + message['content'].strip() + '\n' }}\n{% endfor %}\n\
             {% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% if tools %}{{ tools | tojson }}{% endif %}";
         let text = render(source, &[json!({"role": "user", "content": " hi "})]).unwrap();
-        assert_eq!(text, "<s><|user|>hi\n<|assistant|>");
+        assert_eq!(text, "<s><|user|>hi\n\n<|assistant|>");
         let error = render(source, &[json!({"role": "system", "content": "x"})]).unwrap_err();
         assert!(error.to_string().contains("no system"), "{error}");
     }
