@@ -485,6 +485,23 @@ impl LazyBlob {
     }
 
     async fn fetch_all(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
+        for _ in 0..ROUNDS {
+            match self.fetch_parts(hold).await {
+                // It was found wrong and thrown away under these requests: that is no want of room, and it comes once more.
+                Err(BlobError::NoRoom { .. }) if self.doubted.load(Ordering::Acquire) => {
+                    self.check()?;
+                    drop(self.hold()); // opens it anew
+                }
+                done => return done,
+            }
+        }
+        Err(BlobError::NoRoom {
+            digest: self.digest,
+            size: self.size,
+        })
+    }
+
+    async fn fetch_parts(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
         stream::iter(plan::parts(ByteRange::new(0, self.size), 2 * plan::PART))
             .map(|part| async move {
                 let deadline = Deadline::after(self.shared.config.read_timeout);
