@@ -1,7 +1,7 @@
 //! Settings: flag, then `OCIFS_*`, then configuration file, then default; checked once, then immutable.
 //!
-//! Every setting has one row in [`SETTINGS`]; flags, environment variables, file keys and `-o` options all take
-//! their names from it. Values stay text with their origin until [`Settings::resolve`] reads them, so
+//! Every setting has one row in [`SETTINGS`]; flags, environment variables, file keys, `-o` options, completions and manual pages
+//! are made from it. Values stay text with their origin until [`Settings::resolve`] reads them, so
 //! that a mistake is reported with the place that it was made in.
 
 use std::collections::BTreeMap;
@@ -20,6 +20,7 @@ mod file;
 pub mod fuzzing;
 mod nearest;
 mod parse;
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -28,120 +29,7 @@ pub use parse::duration;
 use parse::{
     cache_size, connections, http_version, memory, positive, prefetch, split, strict, yes_or_no,
 };
-
-/// What a setting's value looks like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
-    /// One text.
-    One,
-    /// Any number of texts; in a variable or an `-o` option separated by `:`, in a flag repeated, in a file an array.
-    Many,
-    /// Yes or no; as a flag or an `-o` option without a value it means yes.
-    Switch,
-}
-
-/// One setting.
-#[derive(Clone, Copy, Debug)]
-pub struct Setting {
-    /// Name of the flag (`--name`), the file's key and the `-o` option.
-    pub name: &'static str,
-    /// What its value looks like.
-    pub shape: Shape,
-    /// What it does, in one line.
-    pub about: &'static str,
-}
-
-const fn one(name: &'static str, about: &'static str) -> Setting {
-    Setting {
-        name,
-        shape: Shape::One,
-        about,
-    }
-}
-
-const fn many(name: &'static str, about: &'static str) -> Setting {
-    Setting {
-        name,
-        shape: Shape::Many,
-        about,
-    }
-}
-
-const fn switch(name: &'static str, about: &'static str) -> Setting {
-    Setting {
-        name,
-        shape: Shape::Switch,
-        about,
-    }
-}
-
-/// All settings.
-pub const SETTINGS: &[Setting] = &[
-    one("cache-dir", "where blobs are kept; an OCI image layout"),
-    one("cache-size", "limit on the cache's allocated bytes"),
-    one(
-        "prefetch",
-        "what is fetched beside what is read: none, blob or model",
-    ),
-    one("memory", "limit on the memory for bytes that are under way"),
-    one("tag-ttl", "how long what a tag points at is believed"),
-    one(
-        "verify",
-        "when bytes are served: early, or strict (a blob is whole and verified first)",
-    ),
-    one("runtime-dir", "where the control sockets of mounts are"),
-    one("read-timeout", "how long a read of weights may wait in all"),
-    one(
-        "metadata-timeout",
-        "how long a lookup, an open or a listing may wait in all",
-    ),
-    one(
-        "platform",
-        "which image of an index is shown, as os/architecture[/variant]",
-    ),
-    one(
-        "connect-timeout",
-        "how long a connection to a registry may take to come up",
-    ),
-    one("stall-timeout", "how long a registry may send nothing"),
-    one(
-        "http",
-        "the HTTP of servers with TLS: auto (parts over connections of their own), 1.1 or 2",
-    ),
-    one(
-        "max-connections",
-        "most parts that are fetched from a host at a time, 1 to 16",
-    ),
-    switch(
-        "passthrough",
-        "let the kernel read sealed blobs without the daemon, where it can",
-    ),
-    switch("nonempty", "mount on a directory that holds something"),
-    switch("offline", "never ask a registry for anything"),
-    switch("allow-other", "let other users read the mount"),
-    many("plain-http", "further hosts to speak plain HTTP with"),
-    many("ca-file", "PEM files with further certificate authorities"),
-    many(
-        "auth-file",
-        "credential files, instead of docker's and podman's",
-    ),
-    one(
-        "hosts-dir",
-        "directory with mirrors and certificates of registries, as containerd's certs.d",
-    ),
-];
-
-impl Setting {
-    /// The row with this name.
-    pub fn named(name: &str) -> Option<&'static Self> {
-        SETTINGS.iter().find(|setting| setting.name == name)
-    }
-
-    /// Its environment variable.
-    pub fn variable(&self) -> String {
-        format!("OCIFS_{}", self.name.replace('-', "_").to_ascii_uppercase())
-    }
-}
+pub use table::{Group, SETTINGS, Scope, Setting, Takes};
 
 /// Where a value was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -236,11 +124,11 @@ impl Values {
                 .unwrap_or_default();
             return Err(refuse(format!("there is no such mount option{hint}")));
         };
-        let values = match (setting.shape, value) {
-            (Shape::Switch, None) => vec!["true".to_owned()],
-            (_, None) => return Err(refuse(format!("needs a value: {wanted}=VALUE"))),
-            (Shape::Many, Some(value)) => split(value),
-            (_, Some(value)) => vec![value.to_owned()],
+        let values = match value {
+            None if setting.takes == Takes::Switch => vec!["true".to_owned()],
+            None => return Err(refuse(format!("needs a value: {wanted}=VALUE"))),
+            Some(value) if setting.many => split(value),
+            Some(value) => vec![value.to_owned()],
         };
         self.give(setting, values, origin);
         Ok(())
@@ -297,6 +185,8 @@ pub fn mount_options(argument: &str) -> impl Iterator<Item = &str> {
 /// Everything that ocifs can be told, resolved.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// What was given, and where.
+    pub given: Values,
     /// The cache's directory, absolute.
     pub cache_dir: PathBuf,
     /// Whether the kernel may read sealed blobs without the daemon.
@@ -392,18 +282,19 @@ impl Surroundings<'_> {
     }
 }
 
-impl Settings {
-    /// Joins what was typed with the environment, the configuration files and the defaults.
+impl Values {
+    /// Adds what the environment and the configuration files say.
     ///
     /// `config` is the file that `--config` names; it is then the only one, and has to exist.
     ///
     /// # Errors
-    /// When a value cannot be read, or a file is no configuration; the message names the place.
-    pub fn resolve(
-        mut values: Values,
+    /// When a file is no configuration or has a key that is no setting's; the message names the place.
+    fn joined(
+        mut self,
         config: Option<&Path>,
         surroundings: &Surroundings<'_>,
     ) -> Result<Self, ConfigError> {
+        let values = &mut self;
         for setting in SETTINGS {
             let variable = setting.variable();
             let Some(value) = (surroundings.variable)(&variable).filter(|value| !value.is_empty())
@@ -417,7 +308,7 @@ impl Settings {
                     reason: "is not UTF-8".to_owned(),
                 });
             };
-            let list = if setting.shape == Shape::Many {
+            let list = if setting.many {
                 split(value)
             } else {
                 vec![value.to_owned()]
@@ -428,18 +319,35 @@ impl Settings {
             .map(Path::to_owned)
             .or_else(|| surroundings.path("OCIFS_CONFIG"));
         match named {
-            Some(path) => file::read(&path, &mut values)?,
+            Some(path) => file::read(&path, values)?,
             None => {
                 let user = surroundings.user_dir("XDG_CONFIG_HOME", ".config");
                 let user = user.map(|dir| dir.join("ocifs/config.toml"));
                 for path in user.iter().chain([&surroundings.system_file]) {
-                    match file::read(path, &mut values) {
+                    match file::read(path, values) {
                         Err(ConfigError::Read { source, .. }) if is_absent(&source) => {}
                         result => result?,
                     }
                 }
             }
         }
+        Ok(self)
+    }
+}
+
+impl Settings {
+    /// Joins what was typed with the environment, the configuration files and the defaults.
+    ///
+    /// `config` is the file that `--config` names; it is then the only one, and has to exist.
+    ///
+    /// # Errors
+    /// When a value cannot be read, or a file is no configuration; the message names the place.
+    pub fn resolve(
+        typed: Values,
+        config: Option<&Path>,
+        surroundings: &Surroundings<'_>,
+    ) -> Result<Self, ConfigError> {
+        let values = typed.joined(config, surroundings)?;
         let cache_dir = match values.0.get("cache-dir") {
             Some((dir, _)) => surroundings.directory.join(&dir[0]),
             None => surroundings.cache_dir()?,
@@ -533,11 +441,20 @@ impl Settings {
                     .read("platform", Platform::asked)?
                     .unwrap_or_default(),
             },
+            given: values,
         })
     }
 }
 
 impl Values {
+    /// What is given, in the order of the table.
+    pub fn given(&self) -> impl Iterator<Item = (&'static Setting, &[String], &Origin)> {
+        SETTINGS.iter().filter_map(|setting| {
+            let (values, origin) = self.0.get(setting.name)?;
+            Some((setting, values.as_slice(), origin))
+        })
+    }
+
     fn refuse(&self, name: &str, reason: String) -> ConfigError {
         let origin = self.0.get(name).map(|(_, origin)| origin.clone());
         ConfigError::Value {

@@ -10,7 +10,9 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use super::exit;
 use super::generate::Generate;
+use super::typed::Typed;
 use crate::base::ByteSize;
+use crate::config::{ConfigError, Scope, Values};
 use crate::pack::Timestamp;
 
 /// Mounts AI models in OCI registries as ordinary directories: lazy, verified, cached.
@@ -76,73 +78,26 @@ pub enum Command {
     /// Look into the cache, make room in it, check it.
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Print every setting that is in force, and where its value comes from.
+    Config(Config),
     /// Let a model speak: from a reference, or a directory, to text.
     Run(Run),
+    /// Print a shell's completions.
+    Completions(Completions),
+    /// Print a manual page, or write all of them.
+    Man(Man),
     /// See the whole of it in under a minute: make, package, serve, mount and read a model.
     Demo(Demo),
 }
 
-/// Where blobs are kept.
-#[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Cache")]
-pub struct CacheArgs {
-    /// Keep blobs in DIR, an OCI image layout that other tools read too.
-    /// [default: /var/cache/ocifs for root, else ~/.cache/ocifs]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub cache_dir: Option<String>,
-    /// Let the cache allocate at most SIZE (20G, 512MiB); what was used least recently goes first.
-    /// [default: 80 % of what is free on its file system and of what it holds]
-    #[arg(long, value_name = "SIZE")]
-    pub cache_size: Option<String>,
-}
-
-/// How to reach registries.
-#[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Registry")]
-pub struct ReachArgs {
-    /// Speak plain HTTP with HOST (registry.lan:5000), as is done with loopback addresses anyway; repeatable.
-    #[arg(long, value_name = "HOST")]
-    pub plain_http: Vec<String>,
-    /// Trust the certificate authorities in the PEM file FILE as well; repeatable.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub ca_file: Vec<String>,
-    /// Take mirrors, certificates and headers of registries from DIR/HOST/hosts.toml, as containerd does
-    /// (/etc/containerd/certs.d). [default: none]
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub hosts_dir: Option<String>,
-}
-
-/// How to reach registries, and as whom.
-#[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Registry")]
-pub struct RegistryArgs {
-    /// How to reach them.
-    #[command(flatten)]
-    pub reach: ReachArgs,
-    /// Take credentials from FILE; repeatable. [default: where docker login and podman login put them]
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub auth_file: Vec<String>,
-}
-
-/// What every command that reads models understands.
-#[derive(Clone, Debug, Default, Args)]
-pub struct Reading {
-    /// The cache.
-    #[command(flatten)]
-    pub cache: CacheArgs,
-    /// The registries.
-    #[command(flatten)]
-    pub registry: RegistryArgs,
-    /// Never ask a registry: show and read what the cache has.
-    #[arg(long, help_heading = "Registry")]
-    pub offline: bool,
-    /// Let a read of weights wait up to TIME (90s, 5m) in all for a registry that does not deliver. [default: 5m]
-    #[arg(long, value_name = "TIME", help_heading = "Registry")]
-    pub read_timeout: Option<String>,
-    /// Of an image index, show the image for OS/ARCH[/VARIANT] (linux/arm64). [default: this machine's]
-    #[arg(long, value_name = "OS/ARCH", help_heading = "Registry")]
-    pub platform: Option<String>,
-}
+/// The flags of commands that use the cache alone.
+pub type CacheArgs = Typed<{ Scope::CACHE }>;
+/// The flags of commands that talk with a registry, beside credentials.
+pub type ReachArgs = Typed<{ Scope::REACH }>;
+/// The flags of commands that talk with a registry.
+pub type RegistryArgs = Typed<{ Scope::REGISTRY }>;
+/// The flags of commands that read models.
+pub type Reading = Typed<{ Scope::READING }>;
 
 /// `ocifs mount`.
 #[derive(Debug, Args)]
@@ -163,31 +118,23 @@ pub struct Mount {
     /// Stay in the foreground and log to stderr; Ctrl-C unmounts.
     #[arg(long, short)]
     pub foreground: bool,
-    /// Fetch nothing ahead of reads, the rest of a blob that is read in earnest, or the rest of its model.
-    /// [default: model]
-    #[arg(long, value_name = "none|blob|model")]
-    pub prefetch: Option<String>,
-    /// Believe for TIME (90s, 15m, 0) what a tag points at; it never moves below an open file. [default: 15m]
-    #[arg(long, value_name = "TIME")]
-    pub tag_ttl: Option<String>,
-    /// Let bytes that are under way take at most SIZE of memory; reads wait beyond that.
-    /// [default: an eighth of the machine's or the control group's, 32 MiB to 256 MiB]
-    #[arg(long, value_name = "SIZE")]
-    pub memory: Option<String>,
-    /// Serve bytes as they come and check the blob when it is whole (early), or serve nothing of a blob before all of it is
-    /// here and right (strict). [default: early]
-    #[arg(long, value_name = "early|strict")]
-    pub verify: Option<String>,
-    /// Let other users read the mount, with the credentials of the one who mounts.
-    #[arg(long)]
-    pub allow_other: bool,
     /// Mount options as mount(8) passes them, comma-separated: ro, _netdev, nofail, x-*, and every setting by its
     /// long name (cache-size=20G). Flags win over them.
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub options: Vec<String>,
-    /// Cache and registries.
+    /// Every setting.
     #[command(flatten)]
-    pub reading: Reading,
+    pub settings: Typed<{ Scope::MOUNT }>,
+}
+
+impl Mount {
+    /// What was typed, by setting: flags first, then `-o`.
+    ///
+    /// # Errors
+    /// When `-o` has an option that is not known.
+    pub fn values(&self) -> Result<Values, ConfigError> {
+        self.settings.with_options(&self.options)
+    }
 }
 
 /// `ocifs umount`.
@@ -470,6 +417,57 @@ pub enum CacheCommand {
         #[command(flatten)]
         cache: CacheArgs,
     },
+}
+
+/// `ocifs config`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs config                              what `ocifs mount` would work with, here and now\n  \
+    ocifs config --of /models                 what the mount that runs works with\n  \
+    ocifs config --template | sudo tee /etc/ocifs/config.toml      a file to start from, with every setting explained\n\n\
+    Flags win over variables (OCIFS_CACHE_SIZE=200G), these over files, the user's file over the system's.")]
+pub struct Config {
+    /// What the mount at MOUNTPOINT works with.
+    #[arg(long, value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath, conflicts_with = "template")]
+    pub of: Option<PathBuf>,
+    /// Print a configuration file in which every setting is explained and none is set.
+    #[arg(long, conflicts_with = "json")]
+    pub template: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Mount options, as `mount` takes them.
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Every setting.
+    #[command(flatten)]
+    pub settings: Typed<{ Scope::MOUNT }>,
+}
+
+/// `ocifs completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs completions bash >/etc/bash_completion.d/ocifs\n  \
+    ocifs completions zsh >\"${fpath[1]}/_ocifs\"\n  \
+    ocifs completions fish >~/.config/fish/completions/ocifs.fish")]
+pub struct Completions {
+    /// The shell.
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+/// `ocifs man`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs man mount | man -l -\n  \
+    ocifs man --dir /usr/local/share/man      man1/ocifs.1, man1/ocifs-mount.1, …, man5/ocifs.toml.5")]
+pub struct Man {
+    /// The page: a command's, `ocifs`, or `ocifs.toml`.
+    #[arg(value_name = "PAGE", default_value = "ocifs")]
+    pub page: String,
+    /// Write every page below DIR.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with = "page")]
+    pub dir: Option<PathBuf>,
 }
 
 /// `ocifs demo`.

@@ -15,6 +15,9 @@ use crate::config::{Settings, Surroundings, Values};
 use crate::model::{Model, Models};
 use crate::registry::{Reference, Registry};
 
+/// How long a daemon may take to answer what it knows by itself.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Messages go to stderr: warnings, and more for `-v`; `OCIFS_LOG` takes tracing's filters and wins.
 pub(super) fn log_to_stderr(cli: &Cli) {
     let foreground = matches!(&cli.command, Command::Mount(mount) if mount.foreground);

@@ -4,6 +4,7 @@
 
 pub mod args;
 mod cache;
+mod config;
 mod context;
 mod demo;
 pub mod exit;
@@ -14,6 +15,7 @@ mod interrupt;
 mod limit;
 mod login;
 mod ls;
+mod manual;
 mod memory;
 mod mount;
 mod output;
@@ -84,6 +86,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Serve(args) => serve::run(args),
         Command::Login(args) => login::login(global, args),
         Command::Logout(args) => login::logout(global, args),
+        Command::Config(args) => config::run(global, args),
+        Command::Completions(args) => manual::completions(args),
+        Command::Man(args) => manual::run(args),
         Command::Run(args) => run::run(global, args),
         Command::Demo(args) => demo::run(args),
     }

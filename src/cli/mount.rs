@@ -14,11 +14,11 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use super::args::{Global, Mount};
-use super::context;
 use super::exit::Exit;
 use super::explain::{Failure, explain};
 use super::progress::eprint;
 use super::supervise::{self, Supervision};
+use super::{config, context};
 use crate::blob::{Blobs, Verified};
 use crate::config::Settings;
 use crate::model::Models;
@@ -315,12 +315,15 @@ fn handler(
 ) -> Handler {
     let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
     let (dir, life) = (settings.cache_dir.clone(), Arc::clone(life));
+    let rows = json!(config::rows(settings));
     Arc::new(move |request| {
         let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
+        let rows = rows.clone();
         let (dir, life) = (dir.clone(), Arc::clone(&life));
         Box::pin(async move {
             match request {
                 Request::Status => Ok(status(&tree, &models, &blobs, &dir, &life).await),
+                Request::Config => Ok(rows),
                 // A program is run and waited for.
                 Request::Restart => tokio::task::block_in_place(|| life.restart()),
                 Request::Refresh { reference } => {

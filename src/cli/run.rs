@@ -297,29 +297,12 @@ impl Drop for OwnMount {
 /// What was typed, for the mount.
 fn options(global: &Global, reading: &Reading) -> Vec<OsString> {
     let mut all: Vec<OsString> = Vec::new();
-    let mut option = |name: &str, value: &str| all.push(format!("--{name}={value}").into());
-    let (cache, registry) = (&reading.cache, &reading.registry);
-    let single = [
-        ("cache-dir", &cache.cache_dir),
-        ("cache-size", &cache.cache_size),
-        ("hosts-dir", &registry.reach.hosts_dir),
-        ("read-timeout", &reading.read_timeout),
-        ("platform", &reading.platform),
-    ];
-    for (name, value) in single {
-        if let Some(value) = value {
-            option(name, value);
-        }
-    }
-    for (name, values) in [
-        ("plain-http", &registry.reach.plain_http),
-        ("ca-file", &registry.reach.ca_file),
-        ("auth-file", &registry.auth_file),
-    ] {
-        values.iter().for_each(|value| option(name, value));
-    }
-    if reading.offline {
-        all.push("--offline".into());
+    for (setting, values, _) in reading.values().given() {
+        all.extend(
+            values
+                .iter()
+                .map(|value| format!("--{}={value}", setting.name).into()),
+        );
     }
     if let Some(file) = &global.config {
         all.push("--config".into());

@@ -1,7 +1,6 @@
 //! `ocifs status`: what the mounts say about themselves.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -13,9 +12,6 @@ use super::{context, output};
 use crate::base::ByteSize;
 use crate::config::{Settings, Values};
 use crate::mount::{self, MountInfo, Request};
-
-/// How long a daemon may take to answer; it asks nobody for it.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) fn run(global: &Global, args: &Status) -> Result<Exit> {
     let settings = context::settings(global, Values::default())?;
@@ -47,7 +43,12 @@ pub(super) fn chosen(path: Option<&Path>) -> Result<Vec<MountInfo>> {
 
 /// What a mount says; where its daemon cannot be asked, why.
 fn ask(settings: &Settings, one: &MountInfo) -> Value {
-    let mut answer = match mount::request(&settings.runtime_dir, one, &Request::Status, PATIENCE) {
+    let mut answer = match mount::request(
+        &settings.runtime_dir,
+        one,
+        &Request::Status,
+        context::PATIENCE,
+    ) {
         Ok(answer) => answer,
         Err(error) => {
             // The message that tells most is the last one: no such socket, permission denied.

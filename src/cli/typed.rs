@@ -1,105 +1,97 @@
-//! From flags to settings: which flag gives which, and that `-o` comes after flags.
+//! Flags from the table of settings: each command has those of the groups that concern it.
 
-use super::args::{CacheArgs, Mount, ReachArgs, Reading, RegistryArgs};
-use crate::config::{ConfigError, Origin, Setting, Values, mount_options};
+use clap::builder::{PossibleValuesParser, ValueParser};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueHint};
 
-impl CacheArgs {
-    fn give(&self, values: &mut Values) {
-        one(values, "cache-dir", &self.cache_dir);
-        one(values, "cache-size", &self.cache_size);
-    }
+use crate::config::{ConfigError, Origin, Scope, Setting, Takes, Values, mount_options};
 
+/// What was typed of the settings in the groups `SCOPE` (see [`Scope`]).
+#[derive(Clone, Debug, Default)]
+pub struct Typed<const SCOPE: u8>(Values);
+
+impl<const SCOPE: u8> Typed<SCOPE> {
     /// What was typed, by setting.
     pub fn values(&self) -> Values {
-        let mut values = Values::default();
-        self.give(&mut values);
-        values
-    }
-}
-
-impl ReachArgs {
-    fn give(&self, values: &mut Values) {
-        many(values, "plain-http", &self.plain_http);
-        many(values, "ca-file", &self.ca_file);
-        one(values, "hosts-dir", &self.hosts_dir);
+        self.0.clone()
     }
 
-    /// What was typed, by setting.
-    pub fn values(&self) -> Values {
-        let mut values = Values::default();
-        self.give(&mut values);
-        values
-    }
-}
-
-impl RegistryArgs {
-    fn give(&self, values: &mut Values) {
-        self.reach.give(values);
-        many(values, "auth-file", &self.auth_file);
-    }
-
-    /// What was typed, by setting.
-    pub fn values(&self) -> Values {
-        let mut values = Values::default();
-        self.give(&mut values);
-        values
-    }
-}
-
-impl Reading {
-    /// What was typed, by setting.
-    pub fn values(&self) -> Values {
-        let mut values = self.cache.values();
-        self.registry.give(&mut values);
-        switch(&mut values, "offline", self.offline);
-        one(&mut values, "read-timeout", &self.read_timeout);
-        one(&mut values, "platform", &self.platform);
-        values
-    }
-}
-
-impl Mount {
-    /// What was typed, by setting: flags first, then `-o`.
+    /// The same with what `-o` says; flags win over it.
     ///
     /// # Errors
     /// When `-o` has an option that is not known.
-    pub fn values(&self) -> Result<Values, ConfigError> {
-        let mut values = self.reading.values();
-        one(&mut values, "memory", &self.memory);
-        one(&mut values, "prefetch", &self.prefetch);
-        one(&mut values, "tag-ttl", &self.tag_ttl);
-        one(&mut values, "verify", &self.verify);
-        switch(&mut values, "allow-other", self.allow_other);
-        for option in self
-            .options
-            .iter()
-            .flat_map(|argument| mount_options(argument))
-        {
+    pub(super) fn with_options(&self, options: &[String]) -> Result<Values, ConfigError> {
+        let mut values = self.values();
+        for option in options.iter().flat_map(|argument| mount_options(argument)) {
             values.option(option)?;
         }
         Ok(values)
     }
 }
 
-fn give(values: &mut Values, name: &str, list: Vec<String>) {
-    let setting = Setting::named(name).expect("every flag here has a row in SETTINGS");
-    values.give(setting, list, Origin::Flag(name.to_owned()));
-}
+impl<const SCOPE: u8> Args for Typed<SCOPE> {
+    fn augment_args(command: Command) -> Command {
+        Scope(SCOPE)
+            .settings()
+            .fold(command, |command, setting| command.arg(flag(setting)))
+    }
 
-fn one(values: &mut Values, name: &str, value: &Option<String>) {
-    if let Some(value) = value {
-        give(values, name, vec![value.clone()]);
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
     }
 }
 
-fn many(values: &mut Values, name: &str, list: &[String]) {
-    if !list.is_empty() {
-        give(values, name, list.to_vec());
+impl<const SCOPE: u8> FromArgMatches for Typed<SCOPE> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut values = Values::default();
+        for setting in Scope(SCOPE).settings() {
+            let given = matches.get_many::<String>(setting.name);
+            if let Some(given) = given {
+                let origin = Origin::Flag(setting.name.to_owned());
+                values.give(setting, given.cloned().collect(), origin);
+            }
+        }
+        Ok(Self(values))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
     }
 }
 
-fn switch(values: &mut Values, name: &str, on: bool) {
-    if on {
-        give(values, name, vec!["true".to_owned()]);
+/// The flag of a setting.
+fn flag(setting: &'static Setting) -> Arg {
+    let help = format!("{} [default: {}]", setting.about, setting.default);
+    let arg = Arg::new(setting.name)
+        .long(setting.name)
+        .help(help)
+        .help_heading(setting.group.heading())
+        .hide_short_help(setting.rare)
+        .action(match setting.many {
+            true => ArgAction::Append,
+            false => ArgAction::Set,
+        });
+    match setting.takes {
+        // `--offline`, and `--passthrough=no` for one that is on.
+        Takes::Switch => arg
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true")
+            .value_name("yes|no")
+            .value_parser(ValueParser::string()),
+        Takes::Word(words) => arg
+            .value_name(setting.value_name())
+            .value_parser(PossibleValuesParser::new(words))
+            .hide_possible_values(true),
+        Takes::Dir => arg
+            .value_name(setting.value_name())
+            .value_hint(ValueHint::DirPath),
+        Takes::File => arg
+            .value_name(setting.value_name())
+            .value_hint(ValueHint::FilePath),
+        Takes::Text("HOST") => arg
+            .value_name(setting.value_name())
+            .value_hint(ValueHint::Hostname),
+        _ => arg.value_name(setting.value_name()),
     }
 }

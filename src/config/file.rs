@@ -7,7 +7,7 @@ use std::path::Path;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{ConfigError, Origin, SETTINGS, Setting, Shape, Values, nearest};
+use super::{ConfigError, Origin, SETTINGS, Setting, Values, nearest};
 
 /// The largest file that is read.
 const LARGEST: u64 = 1 << 20;
@@ -57,8 +57,8 @@ pub(super) fn parse(text: &str, path: &Path, values: &mut Values) -> Result<(), 
                 key.get_ref()
             )));
         };
-        let list = match (setting.shape, value.get_ref()) {
-            (Shape::Many, DeValue::Array(items)) => {
+        let list = match value.get_ref() {
+            DeValue::Array(items) if setting.many => {
                 let texts: Option<Vec<String>> = items.iter().map(scalar).collect();
                 texts.ok_or_else(|| {
                     refuse(format!("`{name}` is a list of texts: {name} = [\"…\"]"))

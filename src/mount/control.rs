@@ -43,6 +43,8 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(10);
 pub enum Request {
     /// What it does.
     Status,
+    /// Which settings it works with.
+    Config,
     /// Ask the registry what a tag points at now.
     Refresh {
         /// The tag's reference.
@@ -281,7 +283,7 @@ mod tests {
                 match request {
                     Request::Status => Ok(serde_json::json!({ "pid": std::process::id() })),
                     Request::Refresh { reference } => Err(format!("{reference}: not found")),
-                    Request::Restart => Err("no".into()),
+                    Request::Config | Request::Restart => Err("no".into()),
                 }
             })
         })
