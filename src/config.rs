@@ -7,11 +7,12 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::blob::BlobConfig;
-use crate::model::{ModelConfig, Platform};
+use crate::model::{Access, ModelConfig, Pattern, Platform};
 use crate::registry::{RegistryConfig, default_auth_files};
 
 mod file;
@@ -27,7 +28,8 @@ mod tests;
 pub use nearest::nearest;
 pub use parse::duration;
 use parse::{
-    cache_size, connections, http_version, memory, positive, prefetch, split, strict, yes_or_no,
+    address, cache_size, connections, http_version, log_filter, log_format, memory, positive,
+    prefetch, split, strict, yes_or_no,
 };
 pub use table::{Group, SETTINGS, Scope, Setting, Takes};
 
@@ -182,6 +184,20 @@ pub fn mount_options(argument: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// How log messages look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// [`Journal`](Self::Journal) where stderr is the journal, else [`Text`](Self::Text).
+    #[default]
+    Auto,
+    /// A line of text each.
+    Text,
+    /// A JSON document on a line each.
+    Json,
+    /// Datagrams to systemd's journal, each value a field.
+    Journal,
+}
+
 /// Everything that ocifs can be told, resolved.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -201,6 +217,12 @@ pub struct Settings {
     pub memory: Option<u64>,
     /// Whether other users may read the mount.
     pub allow_other: bool,
+    /// What is logged, as tracing's filters say it; `None`: by the command.
+    pub log: Option<String>,
+    /// How log messages look.
+    pub log_format: LogFormat,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
     /// For the registry client.
     pub registry: RegistryConfig,
     /// The credential file that a login is written to; `None` without a home.
@@ -403,6 +425,9 @@ impl Settings {
             cache_size: values.read("cache-size", cache_size)?,
             memory: values.read("memory", memory)?,
             allow_other: values.read("allow-other", yes_or_no)?.unwrap_or(false),
+            log: values.read("log", log_filter)?,
+            log_format: values.read("log-format", log_format)?.unwrap_or_default(),
+            metrics: values.read("metrics", address)?,
             registry: RegistryConfig {
                 plain_http,
                 ca_files: paths("ca-file").unwrap_or_default(),
@@ -440,6 +465,10 @@ impl Settings {
                 platform: values
                     .read("platform", Platform::asked)?
                     .unwrap_or_default(),
+                access: Access {
+                    allow: values.read_all("allow")?,
+                    deny: values.read_all("deny")?,
+                },
             },
             given: values,
         })
@@ -474,6 +503,18 @@ impl Values {
         let text = values.first().map_or("", String::as_str);
         let parsed = parse(text.trim());
         parsed.map(Some).map_err(|reason| ConfigError::Value {
+            origin: origin.clone(),
+            reason,
+        })
+    }
+
+    fn read_all(&self, name: &str) -> Result<Vec<Pattern>, ConfigError> {
+        let Some((values, origin)) = self.0.get(name) else {
+            return Ok(Vec::new());
+        };
+        let parsed = values.iter().map(|text| text.trim().parse());
+        let parsed: Result<_, _> = parsed.collect();
+        parsed.map_err(|reason| ConfigError::Value {
             origin: origin.clone(),
             reason,
         })

@@ -185,7 +185,7 @@ fn handler(tree: Tree) -> Handler {
                         .map(|digest| digest.to_string().into())
                         .map_err(|error| error.chain())
                 }
-                Request::Restart => Err("there is nobody to go on".to_owned()),
+                _ => Err("there is nobody to ask".to_owned()),
             }
         }
         .boxed()

@@ -16,7 +16,7 @@ packages=(
     buildah umoci zstd gzip
     fio squashfs-tools nftables g++
     attr rsync tar diffutils findutils procps
-    python3 python3-venv python3-torch
+    python3 python3-venv python3-torch python3-prometheus-client mandoc
 )
 
 retry() {

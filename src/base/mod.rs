@@ -2,6 +2,7 @@
 
 mod deadline;
 mod digest;
+pub mod meter;
 mod range;
 pub mod rt;
 mod secret;

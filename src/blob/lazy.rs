@@ -149,6 +149,7 @@ impl LazyBlob {
     /// Takes note that bytes of it came.
     pub(super) fn came(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
+        self.shared.received.add(bytes);
         self.shared.link.came(bytes);
     }
 

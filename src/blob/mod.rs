@@ -39,6 +39,7 @@ use hashers::Hashers;
 use hedge::Purse;
 use readers::Readers;
 
+use crate::base::meter::Counter;
 use crate::base::rt::{Handle, hashing_threads};
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicU64, Ordering};
@@ -229,6 +230,8 @@ struct Shared {
     purse: Purse,
     /// Second requests that were made beside slow ones.
     hedges: AtomicU64,
+    /// Bytes that registries have sent.
+    received: Counter,
     /// The last blobs that turned out wrong.
     wrong: Mutex<VecDeque<Wrong>>,
     events: broadcast::Sender<Event>,
@@ -288,6 +291,7 @@ impl Blobs {
                 hashers: Hashers::new(Arc::clone(&readers), threads),
                 purse: Purse::default(),
                 hedges: AtomicU64::new(0),
+                received: Counter::default(),
                 wrong: Mutex::default(),
                 readers,
                 events: broadcast::Sender::new(1024),
@@ -351,6 +355,11 @@ impl Blobs {
     /// Requests that were made a second time beside a slow one.
     pub fn hedges(&self) -> u64 {
         self.shared.hedges.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of blobs that registries have sent.
+    pub fn received(&self) -> u64 {
+        self.shared.received.get()
     }
 
     /// What happens from now on. A receiver that falls far behind misses the oldest events.

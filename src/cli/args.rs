@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
@@ -67,6 +68,8 @@ pub enum Command {
     Push(Push),
     /// Let another process of the installed program go on with a mount, under its readers.
     Restart(Restart),
+    /// Have mounts log more or less from now on.
+    Log(Log),
     /// Ask the registry again what a tag points at, for every mount.
     Refresh(Refresh),
     /// Serve an OCI layout, or the cache, as a read-only registry.
@@ -81,7 +84,7 @@ pub enum Command {
     /// Print every setting that is in force, and where its value comes from.
     Config(Config),
     /// Let a model speak: from a reference, or a directory, to text.
-    Run(Run),
+    Run(Box<Run>),
     /// Print a shell's completions.
     Completions(Completions),
     /// Print a manual page, or write all of them.
@@ -157,13 +160,30 @@ pub struct Umount {
 
 /// `ocifs status`.
 #[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs status\n  \
+    ocifs status --watch /models         how fast what comes; Ctrl-C ends it\n  \
+    ocifs status --json | jq '.mounts[].models[] | {reference, cached, size}'")]
 pub struct Status {
     /// Show this mount alone. [default: all of them]
     #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub mountpoint: Option<PathBuf>,
+    /// Show it again every TIME, with rates and what is still to come, until Ctrl-C. [default: 1s]
+    #[arg(long, short, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "1s",
+        value_parser = pause, conflicts_with = "json")]
+    pub watch: Option<Duration>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// A pause between two looks.
+fn pause(text: &str) -> Result<Duration, String> {
+    let pause = crate::config::duration(text)?;
+    match pause < Duration::from_millis(100) {
+        true => Err("is too short; give at least 100ms".to_owned()),
+        false => Ok(pause),
+    }
 }
 
 /// `ocifs restart`.
@@ -174,6 +194,22 @@ pub struct Status {
     Who reads or opens something meanwhile waits for a moment; nothing fails and nothing is read again. Configuration\n\
     files are read anew. Not for mounts with --foreground outside of a service.")]
 pub struct Restart {
+    /// This mount alone. [default: all of them]
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
+    pub mountpoint: Option<PathBuf>,
+}
+
+/// `ocifs log`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    ocifs log debug                          every request to a registry, every eviction\n  \
+    ocifs log warn,ocifs::registry=trace /models\n  \
+    ocifs log                                as the mount was started\n\n\
+    Lasts until the mount ends or another process goes on with it.")]
+pub struct Log {
+    /// error, warn, info, debug, trace, or tracing's filters by module. [default: what the mount was started with]
+    #[arg(value_name = "FILTER")]
+    pub filter: Option<String>,
     /// This mount alone. [default: all of them]
     #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub mountpoint: Option<PathBuf>,

@@ -1,12 +1,11 @@
-//! What commands share: the log, the runtime, and the layers built from the settings, bottom-up.
+//! What commands share: the runtime, and the layers built from the settings, bottom-up.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tokio::runtime::{Builder, Runtime};
-use tracing_subscriber::EnvFilter;
 
-use super::args::{Cli, Command, Global};
+use super::args::Global;
 use super::{limit, memory};
 use crate::base::Deadline;
 use crate::blob::{Blobs, Prefetch};
@@ -17,31 +16,6 @@ use crate::registry::{Reference, Registry};
 
 /// How long a daemon may take to answer what it knows by itself.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Messages go to stderr: warnings, and more for `-v`; `OCIFS_LOG` takes tracing's filters and wins.
-pub(super) fn log_to_stderr(cli: &Cli) {
-    let foreground = matches!(&cli.command, Command::Mount(mount) if mount.foreground);
-    let level = match cli.global.verbose {
-        0 if foreground || matches!(cli.command, Command::Serve(_)) => "warn,ocifs=info",
-        0 => "warn",
-        1 => "warn,ocifs=info",
-        _ => "info,ocifs=debug",
-    };
-    let asked = std::env::var("OCIFS_LOG")
-        .ok()
-        .filter(|filter| !filter.is_empty());
-    let filter = asked
-        .and_then(|filter| EnvFilter::try_new(filter).ok())
-        .unwrap_or_else(|| EnvFilter::new(level));
-    let terminal = rustix::termios::isatty(std::io::stderr());
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal && std::env::var_os("NO_COLOR").is_none())
-        .with_target(false);
-    // A test that runs several commands in one process has set it already.
-    let _ = subscriber.try_init();
-}
 
 /// A runtime for one command.
 pub(super) fn runtime() -> Result<Runtime> {

@@ -193,7 +193,7 @@ fn of_cause(cause: &(dyn Error + 'static)) -> Option<Explained> {
     match error.kind() {
         io::ErrorKind::AddrInUse => Some(Explained::new(
             Exit::Busy,
-            "another program listens there; give another address with --listen",
+            "another program listens there; give another address",
         )),
         io::ErrorKind::PermissionDenied => Some(Explained::new(Exit::Denied, "")),
         _ => None,

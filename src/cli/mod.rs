@@ -13,17 +13,21 @@ pub mod generate;
 mod inspect;
 mod interrupt;
 mod limit;
+mod log;
 mod login;
 mod ls;
 mod manual;
 mod memory;
+mod metrics;
 mod mount;
 mod output;
+mod overview;
 mod progress;
 mod prompt;
 mod pull;
 mod push;
 mod refresh;
+mod report;
 mod restart;
 mod run;
 mod serve;
@@ -57,7 +61,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     memory::keep_private();
     memory::one_heap();
-    context::log_to_stderr(&cli);
+    log::init(&cli);
     match dispatch(&cli) {
         Ok(exit) => exit.into(),
         Err(error) => {
@@ -77,6 +81,7 @@ fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Umount(args) => umount::run(global, args),
         Command::Status(args) => status::run(global, args),
         Command::Refresh(args) => refresh::run(global, args),
+        Command::Log(args) => log::run(global, args),
         Command::Restart(args) => restart::run(global, args),
         Command::Cache(command) => cache::run(global, command),
         Command::Ls(args) => ls::run(global, args),

@@ -6,7 +6,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -17,11 +17,11 @@ use super::args::{Global, Mount};
 use super::exit::Exit;
 use super::explain::{Failure, explain};
 use super::progress::eprint;
+use super::report::Report;
 use super::supervise::{self, Supervision};
-use super::{config, context};
-use crate::blob::{Blobs, Verified};
+use super::{config, context, log, metrics};
+use crate::blob::Blobs;
 use crate::config::Settings;
-use crate::model::Models;
 use crate::mount::{self, End, Handler, Keeper, Kept, MountOptions, Ready, Request, Takeover};
 use crate::registry::Reference;
 use crate::tree::{Space, Tree, TreeConfig, TreeError};
@@ -181,7 +181,23 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
         ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
     };
     let watching = tree.clone().follow(blobs.events());
-    let handler = handler(settings, &tree, &models, &blobs, &life);
+    let report = Arc::new(Report {
+        tree: tree.clone(),
+        models: models.clone(),
+        blobs: blobs.clone(),
+        life: Arc::clone(&life),
+        meter: Arc::clone(&options.meter),
+        counts: OnceLock::new(),
+        cache_dir: settings.cache_dir.clone(),
+        // A mount for everybody reads what its owner may read: that is worth a word unless rules bound it.
+        open_to_all: settings.allow_other && settings.model.access.allow.is_empty(),
+    });
+    let handler = handler(settings, &report);
+    if let Some(address) = settings.metrics {
+        // Where a process goes on for another one, that one may still have the address.
+        let patience = taken.as_ref().map_or(Duration::ZERO, |_| PATIENCE);
+        runtime.block_on(metrics::serve(address, Arc::clone(&report), patience))?;
+    }
     let on = runtime.handle().clone();
     let mount = match taken {
         None => mount::Mount::new(tree, events, &options, handler, on)?,
@@ -201,6 +217,7 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
             mount::Mount::resume(tree, events, &options, handler, on, takeover)?
         }
     };
+    let _ = report.counts.set(mount.counts());
     runtime.spawn(models.tend());
     runtime.spawn(watching);
     up().context("cannot tell that the mount is up")?;
@@ -225,15 +242,15 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
 
 /// Where this process stands in the life of its mount.
 #[derive(Debug)]
-struct Life {
+pub(super) struct Life {
     keeper: Option<Arc<Keeper>>,
     /// How many processes have served the mount before.
-    times: u64,
+    pub(super) times: u64,
     /// Why the last one of them ended.
-    why: Option<String>,
+    pub(super) why: Option<String>,
     /// Tells that another process is to go on.
     next: Notify,
-    start: Instant,
+    pub(super) start: Instant,
 }
 
 impl Life {
@@ -272,7 +289,7 @@ impl Life {
     }
 
     /// Who follows should this process die, for people and scripts.
-    fn keeper(&self, tree: &Tree) -> Value {
+    pub(super) fn keeper(&self, tree: &Tree) -> Value {
         let whole = tree.journal().is_some_and(|journal| journal.is_whole());
         let (by, pid) = match self.keeper.as_ref().map(|keeper| keeper.who()) {
             None => ("nobody", None),
@@ -305,31 +322,26 @@ fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
     }
 }
 
-/// Answers `ocifs status` and `ocifs refresh`.
-fn handler(
-    settings: &Settings,
-    tree: &Tree,
-    models: &Models,
-    blobs: &Blobs,
-    life: &Arc<Life>,
-) -> Handler {
-    let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
-    let (dir, life) = (settings.cache_dir.clone(), Arc::clone(life));
+/// Answers what a mount is asked by other commands.
+fn handler(settings: &Settings, report: &Arc<Report>) -> Handler {
+    let report = Arc::clone(report);
     let rows = json!(config::rows(settings));
     Arc::new(move |request| {
-        let (tree, models, blobs) = (tree.clone(), models.clone(), blobs.clone());
-        let rows = rows.clone();
-        let (dir, life) = (dir.clone(), Arc::clone(&life));
+        let (report, rows) = (Arc::clone(&report), rows.clone());
         Box::pin(async move {
             match request {
-                Request::Status => Ok(status(&tree, &models, &blobs, &dir, &life).await),
+                Request::Status => Ok(report.status().await),
                 Request::Config => Ok(rows),
+                Request::Log { filter } => {
+                    let filter = log::set(filter.as_deref())?;
+                    Ok(json!({ "filter": filter }))
+                }
                 // A program is run and waited for.
-                Request::Restart => tokio::task::block_in_place(|| life.restart()),
+                Request::Restart => tokio::task::block_in_place(|| report.life.restart()),
                 Request::Refresh { reference } => {
                     let reference: Reference =
                         reference.parse().map_err(|error| format!("{error}"))?;
-                    match tree.refresh(&reference).await {
+                    match report.tree.refresh(&reference).await {
                         Ok(digest) => Ok(json!({ "digest": digest })),
                         Err(error) => Ok(refused(&error)),
                     }
@@ -343,7 +355,7 @@ fn handler(
 fn refused(error: &TreeError) -> Value {
     let exit = match error {
         TreeError::NotFound { .. } => Exit::NotFound,
-        TreeError::Denied { .. } => Exit::Denied,
+        TreeError::Denied { .. } | TreeError::Forbidden { .. } => Exit::Denied,
         TreeError::Unreachable { .. } | TreeError::Timeout { .. } => Exit::Network,
         _ => Exit::Failure,
     };
@@ -361,68 +373,6 @@ fn causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-async fn status(tree: &Tree, models: &Models, blobs: &Blobs, dir: &Path, life: &Life) -> Value {
-    let usage = blobs.cache().usage();
-    let mut shown = Vec::new();
-    for bound in tree.bound() {
-        let reference = bound.reference.to_string();
-        let mut entry = json!({
-            "reference": reference,
-            "digest": bound.digest,
-            "open": bound.open,
-            "idleSeconds": bound.idle.as_secs(),
-        });
-        // It is shown, so it is in memory: nobody is asked.
-        if let Ok(model) = models
-            .inspect(bound.reference.repository(), &bound.digest)
-            .await
-        {
-            entry["size"] = json!(model.size());
-            entry["cached"] = json!(model.blobs.iter().map(|blob| blob.cached()).sum::<u64>());
-            entry["verified"] = json!(model.is_complete());
-        }
-        shown.push(entry);
-    }
-    let live = blobs.live();
-    let live = live.iter().map(|blob| {
-        let verified = match blob.verified() {
-            Verified::Yes => "yes",
-            Verified::NotYet => "not yet",
-            Verified::No { .. } => "no",
-        };
-        json!({ "digest": blob.digest(), "size": blob.size(), "cached": blob.cached(), "verified": verified })
-    });
-    let wrong = blobs.wrong();
-    let wrong = wrong.iter().map(|wrong| {
-        let ago = wrong.at.elapsed().unwrap_or_default();
-        json!({
-            "digest": wrong.digest,
-            "actual": wrong.actual,
-            "from": wrong.sources,
-            "agoSeconds": ago.as_secs(),
-            "lasting": wrong.lasting,
-        })
-    });
-    let hashing = blobs.hash_cost();
-    let (used, peak) = blobs.memory();
-    json!({
-        "pid": std::process::id(),
-        "version": env!("CARGO_PKG_VERSION"),
-        "upSeconds": life.start.elapsed().as_secs(),
-        "takenOver": { "times": life.times, "why": life.why },
-        "keeper": life.keeper(tree),
-        "offline": blobs.config().offline,
-        "passthrough": tree.has_passthrough(),
-        "memory": { "limit": blobs.config().memory, "used": used, "peak": peak },
-        "hashing": { "bytes": hashing.bytes, "cpuSeconds": hashing.processor.as_secs_f64() },
-        "cache": { "dir": dir, "allocated": usage.allocated, "limit": usage.limit, "trouble": blobs.cache().trouble() },
-        "models": shown,
-        "blobs": live.collect::<Vec<_>>(),
-        "wrong": wrong.collect::<Vec<_>>(),
-        "hedges": blobs.hedges(),
-    })
 }
 
 #[cfg(test)]

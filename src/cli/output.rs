@@ -43,7 +43,8 @@ pub(super) fn table<const N: usize>(
     lay_out(align, rows).into_iter().try_for_each(line)
 }
 
-fn lay_out<const N: usize>(align: [Align; N], rows: &[[String; N]]) -> Vec<String> {
+/// Rows as lines, their columns two spaces apart.
+pub(super) fn lay_out<const N: usize>(align: [Align; N], rows: &[[String; N]]) -> Vec<String> {
     let width = |column: usize| {
         rows.iter()
             .map(|row| row[column].chars().count())

@@ -1,20 +1,24 @@
 //! `ocifs status`: what the mounts say about themselves.
 
+use std::io::Write as _;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::args::{Global, Status};
 use super::exit::Exit;
-use super::output::{Align, line, printable, table};
-use super::{context, output};
-use crate::base::ByteSize;
+use super::output::{StdoutError, line};
+use super::{context, interrupt, output, overview};
 use crate::config::{Settings, Values};
 use crate::mount::{self, MountInfo, Request};
 
 pub(super) fn run(global: &Global, args: &Status) -> Result<Exit> {
     let settings = context::settings(global, Values::default())?;
+    if let Some(pause) = args.watch {
+        return watch(&settings, args, pause);
+    }
     let mounts = chosen(args.mountpoint.as_deref())?;
     let answers: Vec<Value> = mounts.iter().map(|one| ask(&settings, one)).collect();
     if args.json {
@@ -24,13 +28,95 @@ pub(super) fn run(global: &Global, args: &Status) -> Result<Exit> {
     if answers.is_empty() {
         line("no mounts; `ocifs mount DIR` makes one")?;
     }
-    for (at, answer) in answers.iter().enumerate() {
-        if at > 0 {
-            line("")?;
-        }
-        print(answer)?;
+    for text in overview::describe(&answers, None) {
+        line(text)?;
     }
     Ok(Exit::Ok)
+}
+
+/// Shows the same again and again, with what moved meanwhile, until it is interrupted.
+fn watch(settings: &Settings, args: &Status, pause: Duration) -> Result<Exit> {
+    let mut before: Option<(Vec<Value>, Instant)> = None;
+    let look = |before: &mut Option<(Vec<Value>, Instant)>| {
+        // A mount may come or go meanwhile.
+        let mounts = chosen(args.mountpoint.as_deref())?;
+        let answers: Vec<Value> = mounts.iter().map(|one| ask(settings, one)).collect();
+        let now = Instant::now();
+        let earlier = before
+            .as_ref()
+            .map(|(answers, at)| (answers.as_slice(), now - *at));
+        let mut lines = overview::describe(&answers, earlier);
+        if answers.is_empty() {
+            lines.push("no mounts".to_owned());
+        }
+        *before = Some((answers, now));
+        anyhow::Ok(lines)
+    };
+    let terminal = rustix::termios::isatty(std::io::stdout());
+    let screen = terminal.then(Screen::enter).transpose()?;
+    context::block_on(async {
+        let mut interrupted = std::pin::pin!(interrupt::interrupted());
+        loop {
+            let lines = tokio::task::block_in_place(|| look(&mut before))?;
+            match &screen {
+                Some(screen) => screen.show(&lines)?,
+                None => {
+                    lines.iter().try_for_each(line)?;
+                    line("")?;
+                }
+            }
+            tokio::select! {
+                () = &mut interrupted => return Ok(Exit::Ok),
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    })
+}
+
+/// The terminal while it is ours: another screen without a cursor (ctlseqs, modes 1049 and 25), which goes when this is dropped.
+struct Screen;
+
+impl Screen {
+    fn enter() -> Result<Self, StdoutError> {
+        let this = Self;
+        this.write("\x1b[?1049h\x1b[?25l")?;
+        Ok(this)
+    }
+
+    /// As much as fits, from the top.
+    fn show(&self, lines: &[String]) -> Result<(), StdoutError> {
+        let size = rustix::termios::tcgetwinsize(std::io::stdout());
+        let (rows, columns) = size.map_or((24, 80), |size| {
+            (size.ws_row.max(2).into(), size.ws_col.max(20).into())
+        });
+        self.write(&frame(lines, rows, columns))
+    }
+
+    fn write(&self, text: &str) -> Result<(), StdoutError> {
+        let mut out = std::io::stdout().lock();
+        Ok(out.write_all(text.as_bytes()).and_then(|()| out.flush())?)
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        let _ = self.write("\x1b[?25h\x1b[?1049l");
+    }
+}
+
+/// What makes a screen show these lines, without a flicker.
+fn frame(lines: &[String], rows: usize, columns: usize) -> String {
+    let mut text = "\x1b[H".to_owned();
+    let (room, more) = match lines.len().saturating_sub(rows - 1) {
+        0 => (lines.len(), None),
+        over => (rows - 2, Some(format!("… {} more lines", over + 1))),
+    };
+    for line in lines.iter().take(room).chain(&more) {
+        text.extend(line.chars().take(columns));
+        text.push_str("\x1b[K\r\n");
+    }
+    text.push_str("\x1b[J");
+    text
 }
 
 /// The mount at a path, or all of ours.
@@ -60,141 +146,26 @@ fn ask(settings: &Settings, one: &MountInfo) -> Value {
     answer
 }
 
-fn print(answer: &Value) -> Result<()> {
-    let text = |value: &Value| printable(value.as_str().unwrap_or("?"));
-    let bytes = |value: &Value| ByteSize(value.as_u64().unwrap_or(0)).to_string();
-    line(text(&answer["mountpoint"]))?;
-    if let Some(error) = answer["error"].as_str() {
-        line(format_args!("  {}", printable(error)))?;
-        return Ok(());
-    }
-    let keeper = text(&answer["keeper"]["by"]);
-    let pid = answer["keeper"]["pid"].as_u64();
-    let pid = pid
-        .map(|pid| format!(", process {pid}"))
-        .unwrap_or_default();
-    let times = answer["takenOver"]["times"].as_u64().unwrap_or(0);
-    let taken = match times {
-        0 => String::new(),
-        times => format!(
-            "; taken over {times} times, at last because: {}",
-            text(&answer["takenOver"]["why"])
-        ),
-    };
-    line(format_args!("  kept by {keeper}{pid}{taken}"))?;
-    let cache = &answer["cache"];
-    line(format_args!(
-        "  process {}, version {}, up {}",
-        answer["pid"],
-        text(&answer["version"]),
-        span(answer["upSeconds"].as_u64().unwrap_or(0))
-    ))?;
-    line(format_args!(
-        "  cache {}: {} of {}",
-        text(&cache["dir"]),
-        bytes(&cache["allocated"]),
-        bytes(&cache["limit"])
-    ))?;
-    if let Some(trouble) = cache["trouble"].as_str() {
-        line(format_args!("  NOT USED: {}", printable(trouble)))?;
-    }
-    let none = Vec::new();
-    let models = answer["models"].as_array().unwrap_or(&none);
-    let rows: Vec<[String; 4]> = models
-        .iter()
-        .map(|model| {
-            let open = match model["open"].as_u64().unwrap_or(0) {
-                0 => "not open".to_owned(),
-                count => format!("{count} open"),
-            };
-            let percent = percent(&model["cached"], &model["size"]);
-            [
-                "  ".to_owned() + &text(&model["reference"]),
-                percent,
-                bytes(&model["size"]),
-                open,
-            ]
-        })
-        .collect();
-    table(
-        [Align::Left, Align::Right, Align::Right, Align::Left],
-        &rows,
-    )?;
-    let blobs = answer["blobs"].as_array().unwrap_or(&none);
-    let unfinished = blobs.iter().filter(|blob| blob["verified"] != "yes");
-    let rows: Vec<[String; 4]> = unfinished
-        .map(|blob| {
-            let digest: String = text(&blob["digest"]).chars().take(19).collect();
-            let state = if blob["verified"] == "no" {
-                "CORRUPT: reads fail"
-            } else {
-                "not verified yet"
-            };
-            [
-                format!("  {digest}"),
-                percent(&blob["cached"], &blob["size"]),
-                bytes(&blob["size"]),
-                state.to_owned(),
-            ]
-        })
-        .collect();
-    table(
-        [Align::Left, Align::Right, Align::Right, Align::Left],
-        &rows,
-    )?;
-    for wrong in answer["wrong"].as_array().unwrap_or(&none) {
-        let digest: String = text(&wrong["digest"]).chars().take(19).collect();
-        let from: Vec<_> = wrong["from"]
-            .as_array()
-            .unwrap_or(&none)
-            .iter()
-            .map(text)
-            .collect();
-        let from = match from.is_empty() {
-            true => "an earlier run".to_owned(),
-            false => from.join(", "),
-        };
-        let outcome = match wrong["lasting"].as_bool() {
-            Some(true) => "wrong again: reads fail",
-            _ => "thrown away and fetched again; who had read it may have read wrong bytes",
-        };
-        let ago = span(wrong["agoSeconds"].as_u64().unwrap_or(0));
-        line(format_args!(
-            "  {digest} came WRONG from {from}, {ago} ago; {outcome}"
-        ))?;
-    }
-    Ok(())
-}
-
-fn percent(part: &Value, whole: &Value) -> String {
-    let (part, whole) = (part.as_u64().unwrap_or(0), whole.as_u64().unwrap_or(0));
-    format!(
-        "{} % of",
-        part.saturating_mul(100).checked_div(whole).unwrap_or(100)
-    )
-}
-
-/// A span as people say it.
-fn span(seconds: u64) -> String {
-    match seconds {
-        0..120 => format!("{seconds} s"),
-        120..7200 => format!("{} min", seconds / 60),
-        7200..172_800 => format!("{} h", seconds / 3600),
-        _ => format!("{} days", seconds / 86_400),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_of_another_version_does_not_break_the_table() {
-        assert_eq!(percent(&json!(5), &json!(10)), "50 % of");
-        assert_eq!(percent(&Value::Null, &Value::Null), "100 % of");
-        assert_eq!(
-            (span(5), span(600), span(90_000)),
-            ("5 s".into(), "10 min".into(), "25 h".into())
-        );
+    fn a_frame_fits_its_screen_and_says_what_it_leaves_out() {
+        let lines: Vec<String> = (0..10).map(|number| format!("line {number}")).collect();
+        let shown = |rows, columns| {
+            let frame = frame(&lines, rows, columns);
+            let body = frame
+                .strip_prefix("\x1b[H")
+                .unwrap()
+                .strip_suffix("\x1b[J")
+                .unwrap();
+            body.split_terminator("\x1b[K\r\n")
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(shown(11, 80), lines);
+        assert_eq!(shown(4, 3), ["lin", "lin", "… 8"]);
+        assert!(shown(4, 80)[2].contains("8 more lines"));
     }
 }

@@ -1,7 +1,11 @@
 //! Text to values, with messages that tell how to write them.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use tracing_subscriber::EnvFilter;
+
+use super::LogFormat;
 use crate::base::ByteSize;
 use crate::blob::Prefetch;
 use crate::registry::{HttpVersion, RegistryConfig};
@@ -66,6 +70,30 @@ pub(super) fn connections(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if (1..=most).contains(&number) => Ok(number),
         _ => Err(format!("`{text}` is not a number from 1 to {most}")),
+    }
+}
+
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("`{text}` is not an address and a port, like 127.0.0.1:9464"))
+}
+
+pub(super) fn log_filter(text: &str) -> Result<String, String> {
+    match EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(format!(
+            "`{text}` is no filter of log messages ({error}); write error, warn, info, debug or trace"
+        )),
+    }
+}
+
+pub(super) fn log_format(text: &str) -> Result<LogFormat, String> {
+    match text {
+        "auto" => Ok(LogFormat::Auto),
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        "journal" => Ok(LogFormat::Journal),
+        _ => Err(format!("`{text}` is not one of auto, text, json, journal")),
     }
 }
 

@@ -161,7 +161,7 @@ impl Setting {
     }
 }
 
-use Group::{Access, Cache, Credentials, Fetching, Reading, Registry, System};
+use Group::{Access, Cache, Credentials, Fetching, Reading, Registry, System, Watching};
 use Takes::{Dir, File, Size, Switch, Text, Time, Word};
 
 /// All settings, in the order in which help lists them.
@@ -321,6 +321,24 @@ pub const SETTINGS: &[Setting] = &[
     )
     .more("For others than root, /etc/fuse.conf must have user_allow_other."),
     Setting::new(
+        "allow",
+        Access,
+        Text("PATTERN"),
+        "everything",
+        "Read only repositories that match PATTERN (ghcr.io/org/*), whatever the credentials open; repeatable.",
+    )
+    .many()
+    .more("A pattern is a repository, or a host or namespace for all below it; * stands for any characters but a slash, ** for whole \
+         parts. What does not match is EACCES. The model that a kit names as its base is held to it too."),
+    Setting::new(
+        "deny",
+        Access,
+        Text("PATTERN"),
+        "nothing",
+        "Read no repository that matches PATTERN, whatever is allowed; repeatable.",
+    )
+    .many(),
+    Setting::new(
         "passthrough",
         System,
         Switch,
@@ -346,4 +364,27 @@ pub const SETTINGS: &[Setting] = &[
     )
     .rare()
     .more("Commands that ask a mount (status, refresh, restart) look there: set it where all of them see it."),
+    Setting::new(
+        "log",
+        Watching,
+        Text("FILTER"),
+        "warn; info in the foreground",
+        "Log what FILTER lets through: error, warn, info, debug or trace, or tracing's filters by module.",
+    )
+    .more("`ocifs log FILTER` changes it while a mount runs."),
+    Setting::new(
+        "log-format",
+        Watching,
+        Word(&["auto", "text", "json", "journal"]),
+        "auto: journal where stderr is systemd's journal, else text",
+        "Log lines of text, a JSON document a line, or to systemd's journal with a field for each value.",
+    ),
+    Setting::new(
+        "metrics",
+        Watching,
+        Text("ADDR:PORT"),
+        "none",
+        "Answer Prometheus on ADDR:PORT (127.0.0.1:9464) with /metrics, and others with /health.",
+    )
+    .more("Everybody who can connect can read it; no name, digest or path of a model is in it."),
 ];

@@ -97,3 +97,26 @@ const fn iow(number: u32, size: u32) -> u32 {
     const MAGIC: u32 = 229;
     1 << 30 | size << 16 | MAGIC << 8 | number
 }
+
+/// The name of a kind of request, for those that a read-only file system gets.
+pub fn operation_name(number: u32) -> Option<&'static str> {
+    Some(match number {
+        opcode::LOOKUP => "lookup",
+        opcode::FORGET => "forget",
+        opcode::GETATTR => "getattr",
+        opcode::READLINK => "readlink",
+        opcode::OPEN => "open",
+        opcode::READ => "read",
+        opcode::STATFS => "statfs",
+        opcode::RELEASE => "release",
+        opcode::GETXATTR => "getxattr",
+        opcode::LISTXATTR => "listxattr",
+        opcode::OPENDIR => "opendir",
+        opcode::READDIR => "readdir",
+        opcode::RELEASEDIR => "releasedir",
+        opcode::INTERRUPT => "interrupt",
+        opcode::BATCH_FORGET => "batch_forget",
+        opcode::READDIRPLUS => "readdirplus",
+        _ => return None,
+    })
+}

@@ -31,7 +31,7 @@ mod request;
 mod session;
 mod wire;
 
-pub use abi::open;
+pub use abi::{open, operation_name};
 pub use answer::{Attr, Entry, Listing, Opened, StatFs};
 pub use device::{Backing, Notifier};
 pub use init::{Negotiated, Wanted};

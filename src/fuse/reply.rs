@@ -69,6 +69,7 @@ impl Reply {
 
     /// It failed.
     pub fn error(self, error: Errno) {
+        self.link.counts.failed(error.raw_os_error());
         self.give(-error.raw_os_error(), &[]);
     }
 

@@ -34,7 +34,7 @@ pub(super) struct Link {
     pub(super) device: Arc<Device>,
     pub(super) interrupts: Interrupts,
     pub(super) phase: watch::Sender<Phase>,
-    counts: Counts,
+    pub(super) counts: Counts,
     /// Answers that are owed.
     pub(super) owed: AtomicUsize,
 }
@@ -45,30 +45,58 @@ impl Link {
     }
 }
 
-/// How many requests came, by kind.
+/// How many requests came, by kind, and how many failed, by error.
 #[derive(Clone, Debug)]
-pub struct Counts(Arc<[AtomicU64; KINDS]>);
+pub struct Counts(Arc<Numbers>);
+
+#[derive(Debug)]
+struct Numbers {
+    kinds: [AtomicU64; KINDS],
+    errors: [AtomicU64; ERRORS],
+}
 
 /// Kinds of requests that are counted: more than the protocol has.
 const KINDS: usize = 64;
+/// Errors that are counted: more than Linux has.
+const ERRORS: usize = 160;
 
 impl Counts {
     fn new() -> Self {
-        Self(Arc::new([const { AtomicU64::new(0) }; KINDS]))
+        Self(Arc::new(Numbers {
+            kinds: [const { AtomicU64::new(0) }; KINDS],
+            errors: [const { AtomicU64::new(0) }; ERRORS],
+        }))
+    }
+
+    pub(super) fn failed(&self, errno: i32) {
+        let errno = usize::try_from(errno).unwrap_or(usize::MAX);
+        if let Some(count) = self.0.errors.get(errno) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     fn count(&self, kind: u32) {
         let kind = usize::try_from(kind).unwrap_or(usize::MAX);
-        if let Some(count) = self.0.get(kind) {
+        if let Some(count) = self.0.kinds.get(kind) {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// Number (`enum fuse_opcode`) and count of each kind that came.
     pub fn all(&self) -> BTreeMap<u32, u64> {
-        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
-        (0..).zip(counts).filter(|(_, count)| *count > 0).collect()
+        numbered(&self.0.kinds)
     }
+
+    /// Number (errno(3)) and count of each error that was answered with.
+    pub fn errors(&self) -> BTreeMap<u32, u64> {
+        numbered(&self.0.errors)
+    }
+}
+
+/// Those that are not 0, by their place.
+fn numbered(counts: &[AtomicU64]) -> BTreeMap<u32, u64> {
+    let counts = counts.iter().map(|count| count.load(Ordering::Relaxed));
+    (0..).zip(counts).filter(|(_, count)| *count > 0).collect()
 }
 
 /// How far a session is.

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use futures_util::{StreamExt as _, stream};
 use tokio::sync::Semaphore;
@@ -53,7 +54,16 @@ impl Models {
 }
 
 async fn complete(model: &Model) {
-    tracing::info!(digest = %model.digest, bytes = model.size(), "completing a model that is being read");
+    let (begun, had) = (Instant::now(), cached(model));
+    // Every repository that shows it; the first is the one that it was read by.
+    let repository = model
+        .blobs
+        .first()
+        .and_then(|blob| blob.repositories().into_iter().next());
+    let repository = repository
+        .map(|repository| repository.to_string())
+        .unwrap_or_default();
+    tracing::info!(repository, digest = %model.digest, bytes = model.size(), cached = had, "a model is being read; the rest of it is fetched");
     let connections = Semaphore::new(FETCHED_TOGETHER);
     stream::iter(&model.blobs)
         .for_each_concurrent(UNDECIDED, |blob| {
@@ -74,4 +84,18 @@ async fn complete(model: &Model) {
             }
         })
         .await;
+    if model.is_complete() {
+        let (seconds, fetched) = (
+            begun.elapsed().as_secs_f64(),
+            model.size().saturating_sub(had),
+        );
+        let megabytes_per_second = (fetched as f64 / 1e6 / seconds.max(1e-3)).round();
+        let seconds = (seconds * 10.0).round() / 10.0;
+        tracing::info!(repository, digest = %model.digest, bytes = model.size(), fetched, seconds, megabytes_per_second, "a model is complete and verified");
+    }
+}
+
+/// Bytes of a model that are here.
+fn cached(model: &Model) -> u64 {
+    model.blobs.iter().map(|blob| blob.cached()).sum()
 }

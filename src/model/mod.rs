@@ -27,6 +27,7 @@ use crate::blob::{BlobError, Hold, LazyBlob, Verified};
 use crate::cache::{self, Data};
 use crate::registry::RegistryError;
 
+mod access;
 mod answers;
 mod assemble;
 mod background;
@@ -61,6 +62,7 @@ mod toc;
 mod unpacked;
 mod weights;
 
+pub use access::{Access, Pattern};
 pub use chunked::ChunkedFile;
 pub use manifest::{Descriptor, Manifest, Platform};
 pub use models::Models;
@@ -76,6 +78,8 @@ pub struct ModelConfig {
     pub metadata_timeout: Duration,
     /// Which image of an index is shown.
     pub platform: Platform,
+    /// Which repositories may be read.
+    pub access: Access,
 }
 
 /// What can go wrong between a reference and its files. Cheap to clone: every waiter gets it.
@@ -115,6 +119,12 @@ pub enum ModelError {
         /// What was opened.
         reference: String,
     },
+    /// A rule of ours forbids to read it.
+    #[error("{reference}: the settings `allow` and `deny` keep it from being read here")]
+    Forbidden {
+        /// What was opened.
+        reference: String,
+    },
     /// It is still being fetched.
     #[error("{reference}: no answer within {timeout:?}; its fetch goes on, try again")]
     Timeout {
@@ -135,7 +145,7 @@ impl ModelError {
     fn may_pass(&self) -> bool {
         match self {
             Self::Registry { source, .. } => source.is_transient(),
-            Self::Unusable { .. } => false,
+            Self::Unusable { .. } | Self::Forbidden { .. } => false,
             Self::Blob { .. } | Self::Offline { .. } | Self::Timeout { .. } => true,
         }
     }

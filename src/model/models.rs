@@ -104,6 +104,7 @@ impl Models {
     /// Takes at most [`ModelConfig::metadata_timeout`]. That there is no such tag is remembered for some seconds, as is
     /// that a registry can't be reached.
     pub async fn resolve(&self, reference: &Reference) -> Result<Digest, ModelError> {
+        self.permit(reference.repository(), reference)?;
         if let Some(digest) = reference.digest() {
             return Ok(*digest);
         }
@@ -124,6 +125,7 @@ impl Models {
     /// Asks the registry what a tag points at, however fresh the last answer is. Fails when it can't be asked, and the
     /// last answer stays.
     pub async fn refresh(&self, reference: &Reference) -> Result<Digest, ModelError> {
+        self.permit(reference.repository(), reference)?;
         if let Some(digest) = reference.digest() {
             return Ok(*digest);
         }
@@ -137,6 +139,16 @@ impl Models {
                 Some(self.shared.ask(reference, None).await)
             })
             .await
+    }
+
+    /// Refuses what the settings keep from being read.
+    fn permit(&self, repository: &Repository, what: &Reference) -> Result<(), ModelError> {
+        match self.shared.config.access.permits(repository) {
+            true => Ok(()),
+            false => Err(ModelError::Forbidden {
+                reference: what.to_string(),
+            }),
+        }
     }
 
     /// The model with this manifest digest; built once per digest, shared. Fails when no engine could use it.
@@ -166,6 +178,7 @@ impl Models {
         repository: &Repository,
         digest: &Digest,
     ) -> Result<Arc<Model>, ModelError> {
+        self.permit(repository, &Reference::pinned(repository.clone(), *digest))?;
         if let Some(model) = self.shared.in_use(digest, repository) {
             return Ok(model);
         }
@@ -244,6 +257,9 @@ impl Models {
     /// The repository's tags: the registry's by `deadline`, else those that the cache knows.
     pub async fn tags(&self, repository: &Repository, deadline: Deadline) -> Vec<Tag> {
         let blobs = &self.shared.blobs;
+        if !self.shared.config.access.permits(repository) {
+            return Vec::new();
+        }
         if !blobs.config().offline {
             let asked = blobs.registry().tags(repository, MOST_TAGS, deadline);
             match tokio::time::timeout_at(deadline.instant(), asked).await {
@@ -274,6 +290,8 @@ impl Models {
                 .iter()
                 .filter_map(|record| record.name.parse().ok()),
         );
+        let access = &self.shared.config.access;
+        known.retain(|known| access.permits(known.repository()));
         known.sort_unstable();
         known.dedup();
         known
@@ -510,6 +528,12 @@ impl Shared {
         let mut seen = vec![plan.manifest_id.digest];
         let mut namer = (repository.clone(), plan.digest);
         while let Some(reference) = plan.names.take() {
+            if !self.config.access.permits(reference.repository()) {
+                plan.problem = Some(format!(
+                    "its model is that of {reference}, which the settings `allow` and `deny` keep from being read here"
+                ));
+                return Ok(true);
+            }
             if let Some(reason) = plan.refuses(&namer.0, &reference) {
                 plan.problem = Some(reason);
                 return Ok(true);

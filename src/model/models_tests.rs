@@ -179,6 +179,7 @@ fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
             tag_ttl,
             metadata_timeout: Duration::from_secs(10),
             platform: crate::model::Platform::default(),
+            access: crate::model::Access::default(),
         },
     )
 }

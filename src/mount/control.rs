@@ -45,6 +45,11 @@ pub enum Request {
     Status,
     /// Which settings it works with.
     Config,
+    /// Log more or less.
+    Log {
+        /// tracing's filters; nothing for those that it was started with.
+        filter: Option<String>,
+    },
     /// Ask the registry what a tag points at now.
     Refresh {
         /// The tag's reference.
@@ -283,7 +288,7 @@ mod tests {
                 match request {
                     Request::Status => Ok(serde_json::json!({ "pid": std::process::id() })),
                     Request::Refresh { reference } => Err(format!("{reference}: not found")),
-                    Request::Config | Request::Restart => Err("no".into()),
+                    _ => Err("no".into()),
                 }
             })
         })

@@ -18,7 +18,7 @@ pub(super) const BUFFER_TOO_SMALL: Errno = Errno::RANGE;
 pub(super) fn errno(error: &TreeError) -> Errno {
     match error {
         TreeError::NotFound { .. } => Errno::NOENT,
-        TreeError::Denied { .. } => Errno::ACCESS,
+        TreeError::Denied { .. } | TreeError::Forbidden { .. } => Errno::ACCESS,
         TreeError::Unusable { .. } | TreeError::Unreachable { .. } => Errno::IO,
         TreeError::Timeout { .. } => Errno::TIMEDOUT,
         // Whatever kept the bytes away: programs know EIO, and retry or give up on it.
@@ -52,6 +52,7 @@ mod tests {
                 },
                 libc::EACCES,
             ),
+            (TreeError::Forbidden { what: what() }, libc::EACCES),
             (
                 TreeError::Unusable {
                     what: what(),

@@ -5,10 +5,12 @@
 
 use std::str;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::runtime::Handle;
 
 use super::errno::{NO_SUCH_NAME, READ_ONLY, errno};
+use super::meter::Meter;
 use super::passthrough::Backings;
 use super::reply::{
     bare_entry, entry, file_attr, from_offset, mode, reply_entry, reply_opendir, reply_read,
@@ -16,7 +18,7 @@ use super::reply::{
 };
 use crate::base::start;
 use crate::fuse::{self, Backing, Forgets, Handler, Listing, Operation, Reply, StatFs, open};
-use crate::tree::{DirEntry, HandleId, NodeId, Opened, Tree, Way};
+use crate::tree::{Data, DirEntry, HandleId, NodeId, Opened, Tree, TreeError, Way};
 
 /// Unit of statfs, bytes.
 const STATFS_UNIT: u32 = 4096;
@@ -30,6 +32,7 @@ pub(super) struct Ocifs {
     pub(super) tree: Tree,
     pub(super) runtime: Handle,
     pub(super) backings: Backings,
+    pub(super) meter: Arc<Meter>,
 }
 
 impl Handler for Ocifs {
@@ -173,10 +176,13 @@ impl Ocifs {
             Err(error) => return reply.error(errno(&error)),
         };
         if let Some(result) = file.try_read(offset, size) {
+            self.meter.read(length(&result), None);
             return reply_read(reply, node, result);
         }
+        let (meter, asked) = (Arc::clone(&self.meter), Instant::now());
         start(&self.runtime, async move {
             if let Some((reply, result)) = reply.wait(file.read(offset, size)).await {
+                meter.read(length(&result), Some(asked.elapsed()));
                 reply_read(reply, node, result);
             }
         });
@@ -227,6 +233,14 @@ impl Ocifs {
             name_max: NAME_MAX,
         }
     }
+}
+
+/// How many bytes a read gets.
+fn length(result: &Result<Data, TreeError>) -> Option<usize> {
+    result.as_ref().ok().map(|data| match data {
+        Data::Owned(bytes) => bytes.len(),
+        Data::Mapped(mapped) => mapped.len(),
+    })
 }
 
 /// Names, kinds and numbers alone.

@@ -16,6 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::control::{Handler, Server};
 use super::handler::Ocifs;
 use super::keeper::{CONTROL, DEVICE, JOURNAL, Keeper, Left};
+use super::meter::Meter;
 use super::mountinfo::{FS_TYPE, MountInfo};
 use super::passthrough::Backings;
 use super::{MountError, point, umount};
@@ -52,6 +53,8 @@ pub struct MountOptions {
     pub runtime_dir: PathBuf,
     /// Who keeps the descriptors for the next process; needs a tree with a journal.
     pub keeper: Option<Arc<Keeper>>,
+    /// Where reads are counted.
+    pub meter: Arc<Meter>,
 }
 
 impl MountOptions {
@@ -65,6 +68,7 @@ impl MountOptions {
             stack_depth: 1,
             runtime_dir: runtime_dir.into(),
             keeper: None,
+            meter: Arc::default(),
         }
     }
 }
@@ -262,6 +266,7 @@ impl Mount {
             tree,
             runtime,
             backings,
+            meter: Arc::clone(&options.meter),
         };
         let serving = notify(session.notifier(), events)
             .and_then(|()| session.serve(filesystem, options.threads.max(2)))

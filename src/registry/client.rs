@@ -7,6 +7,7 @@ use std::time::Duration;
 use reqwest::Method;
 use reqwest::header::HeaderValue;
 
+use super::answers::Answers;
 use super::auth::Action;
 use super::credentials::Sources;
 use super::error::chain;
@@ -68,6 +69,11 @@ impl Client {
         Ok(Self {
             ways: Ways::new(&config, Arc::new(sources))?,
         })
+    }
+
+    /// How requests ended so far.
+    pub(super) fn answers(&self) -> &Answers {
+        &self.ways.answers
     }
 
     /// Runs `attempt` until it succeeds, fails for good or for the last of its `tries`, or the deadline comes.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::address::address_of;
+use super::answers::Answers;
 use super::certs_d::{self, Registered, Trust, Unusable};
 use super::credentials::Sources;
 use super::peer::Peer;
@@ -49,6 +50,8 @@ pub(super) struct Ways {
     plain: Arc<Way>,
     known: Mutex<HashMap<String, Known>>,
     transports: Mutex<HashMap<Made, Arc<Transport>>>,
+    /// How requests ended, over all of them.
+    pub(super) answers: Arc<Answers>,
 }
 
 #[derive(Debug)]
@@ -64,7 +67,9 @@ impl Ways {
         config: &RegistryConfig,
         sources: Arc<Sources>,
     ) -> Result<Self, RegistryError> {
-        let transport = Arc::new(Transport::new(config, &Trust::default())?);
+        let answers = Arc::new(Answers::default());
+        let transport = Transport::new(config, &Trust::default(), Arc::clone(&answers))?;
+        let transport = Arc::new(transport);
         let server = Arc::new(Peer::registry(transport, Arc::clone(&sources)));
         Ok(Self {
             dir: config.hosts_dir.clone(),
@@ -76,6 +81,7 @@ impl Ways {
             }),
             known: Mutex::default(),
             transports: Mutex::default(),
+            answers,
         })
     }
 
@@ -173,7 +179,7 @@ impl Ways {
         if let Some(time) = made.0.dial_timeout {
             config.connect_timeout = time;
         }
-        let transport = Arc::new(Transport::new(&config, &made.0)?);
+        let transport = Arc::new(Transport::new(&config, &made.0, Arc::clone(&self.answers))?);
         transports.retain(|_, transport| Arc::strong_count(transport) > 1);
         transports.insert(made, Arc::clone(&transport));
         Ok(transport)

@@ -18,6 +18,7 @@ use tokio::io::AsyncRead;
 use crate::base::{ByteRange, Deadline, Digest, Secret};
 
 mod address;
+mod answers;
 mod auth;
 mod authfile;
 mod certs_d;
@@ -54,6 +55,7 @@ mod token;
 mod transport;
 mod wire;
 
+pub use answers::Answers;
 pub use credentials::default_auth_files;
 pub use error::RegistryError;
 pub use hosts::Lane;
@@ -212,6 +214,11 @@ impl Registry {
     /// an hour, and the others only when the registry itself fails; where redirects led for it is forgotten.
     pub fn blame(&self, repository: &Repository, digest: &Digest, sources: &[Arc<Source>]) {
         self.client.blame(repository, digest, sources);
+    }
+
+    /// How requests ended so far.
+    pub fn answers(&self) -> &Answers {
+        self.client.answers()
     }
 
     /// The repository's tags, at most `limit`.

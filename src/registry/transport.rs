@@ -14,6 +14,7 @@ use reqwest::{Method, Response, Url};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::address::{PlainHosts, address_of, host_of, is_loopback, same_origin, shown};
+use super::answers::Answers;
 use super::certs_d::Trust;
 use super::dial::Dialer;
 use super::error::chain;
@@ -110,6 +111,7 @@ pub(super) struct Transport {
     near_speak: Mutex<HashMap<String, Speaks>>,
     hello: Vec<u8>,
     stall_timeout: Duration,
+    answers: Arc<Answers>,
 }
 
 /// What the clients for small requests, and for large ones through a proxy, are made with.
@@ -165,7 +167,11 @@ impl Light {
 
 impl Transport {
     /// Reads the CA files and prepares TLS.
-    pub(super) fn new(config: &RegistryConfig, trust: &Trust) -> Result<Self, RegistryError> {
+    pub(super) fn new(
+        config: &RegistryConfig,
+        trust: &Trust,
+        answers: Arc<Answers>,
+    ) -> Result<Self, RegistryError> {
         let setup = |error: reqwest::Error| RegistryError::Setup {
             source: Arc::new(error),
         };
@@ -189,6 +195,7 @@ impl Transport {
             near_speak: Mutex::default(),
             hello: tls::client_hello(),
             stall_timeout: config.stall_timeout,
+            answers,
         })
     }
 
@@ -350,6 +357,10 @@ impl Transport {
         if result.is_ok() {
             host.answered(begun.elapsed());
         }
+        self.answers.count(match &result {
+            Ok(response) => Ok(response.status().as_u16()),
+            Err(error) => Err(error),
+        });
         match &result {
             Ok(response) => match (response.status().as_u16(), asked_pause(response)) {
                 (429, pause) | (503, pause @ Some(_)) => host.refused(pause),

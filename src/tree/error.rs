@@ -26,6 +26,12 @@ pub enum TreeError {
         #[source]
         source: Cause,
     },
+    /// A rule of this mount's forbids it, whatever the registry says.
+    #[error("{what}: the settings `allow` and `deny` keep it from being read here")]
+    Forbidden {
+        /// What was asked for.
+        what: String,
+    },
     /// The artifact cannot be shown as a directory.
     #[error("{what}: not usable as a model")]
     Unusable {
@@ -117,7 +123,10 @@ impl TreeError {
     pub(super) fn is_final(&self) -> bool {
         matches!(
             self,
-            Self::NotFound { .. } | Self::Denied { .. } | Self::Unusable { .. }
+            Self::NotFound { .. }
+                | Self::Denied { .. }
+                | Self::Forbidden { .. }
+                | Self::Unusable { .. }
         )
     }
 }

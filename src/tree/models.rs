@@ -98,6 +98,11 @@ fn kind(error: ModelError) -> TreeError {
                 source: Arc::new(error),
             };
         }
+        ModelError::Forbidden { reference } => {
+            return TreeError::Forbidden {
+                what: reference.clone(),
+            };
+        }
         ModelError::Timeout { reference, .. } => {
             return TreeError::Timeout {
                 what: reference.clone(),

@@ -31,6 +31,7 @@ mod metadata;
 mod mirrors;
 mod naming;
 mod network;
+mod observing;
 mod offline;
 mod passthrough;
 mod proxies;

@@ -4,6 +4,8 @@
 mod deadline;
 #[path = "../../src/base/digest.rs"]
 mod digest;
+#[path = "../../src/base/meter.rs"]
+pub(crate) mod meter;
 #[path = "../../src/base/range.rs"]
 mod range;
 #[path = "../../src/base/start.rs"]
