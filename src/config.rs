@@ -28,8 +28,8 @@ mod tests;
 pub use nearest::nearest;
 pub use parse::duration;
 use parse::{
-    address, cache_size, connections, http_version, log_filter, log_format, memory, positive,
-    prefetch, split, strict, yes_or_no,
+    address, cache_size, connections, http_version, id, log_filter, log_format, memory, positive,
+    prefetch, split, strict, umask, yes_or_no,
 };
 pub use table::{Group, SETTINGS, Scope, Setting, Takes};
 
@@ -223,6 +223,12 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
+    /// The owner that is shown; `None`: who mounts.
+    pub uid: Option<u32>,
+    /// The group that is shown; `None`: that of who mounts.
+    pub gid: Option<u32>,
+    /// Permission bits that are taken away from what is shown, at most `0o777`.
+    pub umask: u16,
     /// For the registry client.
     pub registry: RegistryConfig,
     /// The credential file that a login is written to; `None` without a home.
@@ -428,6 +434,9 @@ impl Settings {
             log: values.read("log", log_filter)?,
             log_format: values.read("log-format", log_format)?.unwrap_or_default(),
             metrics: values.read("metrics", address)?,
+            uid: values.read("uid", id)?,
+            gid: values.read("gid", id)?,
+            umask: values.read("umask", umask)?.unwrap_or(0),
             registry: RegistryConfig {
                 plain_http,
                 ca_files: paths("ca-file").unwrap_or_default(),

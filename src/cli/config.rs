@@ -119,6 +119,8 @@ pub(super) fn example(setting: &crate::config::Setting) -> String {
         ("auth-file", _) => "/etc/ocifs/auth.json",
         ("platform", _) => "linux/arm64",
         ("max-connections", _) => "8",
+        ("uid" | "gid", _) => "1000",
+        ("umask", _) => "027",
         ("log", _) => "info",
         ("metrics", _) => "127.0.0.1:9464",
         ("allow", _) => "ghcr.io/org/*",

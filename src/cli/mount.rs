@@ -309,8 +309,13 @@ fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
         patience: settings.model.metadata_timeout,
         // A user without the capability finds out at the first open, and reads go through the daemon then.
         passthrough: settings.passthrough,
-        uid: rustix::process::geteuid().as_raw(),
-        gid: rustix::process::getegid().as_raw(),
+        uid: settings
+            .uid
+            .unwrap_or_else(|| rustix::process::geteuid().as_raw()),
+        gid: settings
+            .gid
+            .unwrap_or_else(|| rustix::process::getegid().as_raw()),
+        umask: settings.umask,
         space: Arc::new(move || {
             let usage = cache.usage();
             Space {

@@ -48,6 +48,27 @@ fn at_least(least: u64, what: &str, text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// The number of a user or group. mount(8) makes numbers of names in `uid=` and `gid=` before it passes them on.
+pub(super) fn id(text: &str) -> Result<u32, String> {
+    // The highest one says "no such user" to the kernel.
+    match text.parse() {
+        Ok(number) if number != u32::MAX => Ok(number),
+        _ => Err(format!(
+            "`{text}` is not the number of a user or group; `id NAME` tells it"
+        )),
+    }
+}
+
+pub(super) fn umask(text: &str) -> Result<u16, String> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match u16::from_str_radix(text, 8) {
+        Ok(bits) if digits && bits <= 0o777 => Ok(bits),
+        _ => Err(format!(
+            "`{text}` is not a mask; write it in octal, like 022 or 027"
+        )),
+    }
+}
+
 pub(super) fn yes_or_no(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),

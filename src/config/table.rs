@@ -321,6 +321,31 @@ pub const SETTINGS: &[Setting] = &[
     )
     .more("For others than root, /etc/fuse.conf must have user_allow_other."),
     Setting::new(
+        "uid",
+        Access,
+        Text("NUMBER"),
+        "who mounts",
+        "Show everything as the user's with this number.",
+    )
+    .rare(),
+    Setting::new(
+        "gid",
+        Access,
+        Text("NUMBER"),
+        "the group of who mounts",
+        "Show everything as the group's with this number.",
+    )
+    .rare(),
+    Setting::new(
+        "umask",
+        Access,
+        Text("MASK"),
+        "000",
+        "Take these permission bits, in octal, from everything: 027 leaves it to owner and group.",
+    )
+    .rare()
+    .more("The kernel checks them only with --allow-other."),
+    Setting::new(
         "allow",
         Access,
         Text("PATTERN"),

@@ -145,6 +145,21 @@ fn values_of_all_shapes_arrive() {
 }
 
 #[test]
+fn owner_and_mask_are_shown_as_they_are_given() {
+    let settings = Case::new().resolve(&["uid=1001", "gid=0", "umask=0027"]);
+    let settings = settings.unwrap();
+    assert_eq!(
+        (settings.uid, settings.gid, settings.umask),
+        (Some(1001), Some(0), 0o27)
+    );
+    let settings = Case::new().resolve(&[]).unwrap();
+    assert_eq!(
+        (settings.uid, settings.gid, settings.umask),
+        (None, None, 0)
+    );
+}
+
+#[test]
 fn a_directory_of_mirrors_that_was_typed_must_exist() {
     let typed = |dir: &str| {
         let mut values = Values::default();
@@ -257,6 +272,11 @@ fn a_mistake_is_reported_with_its_place_and_the_nearest_name() {
         ("tag-ttl=15", "90s"),
         ("verify=never", "not one of early, strict"),
         ("offline=maybe", "neither true nor false"),
+        ("uid=alice", "`id NAME` tells it"),
+        ("gid=4294967295", "not the number of a user"),
+        ("umask=29", "in octal"),
+        ("umask=+27", "in octal"),
+        ("umask=1777", "in octal"),
         ("plain-http=", ""),
     ] {
         match case.resolve(&[option]) {

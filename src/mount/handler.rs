@@ -13,8 +13,8 @@ use super::errno::{NO_SUCH_NAME, READ_ONLY, errno};
 use super::meter::Meter;
 use super::passthrough::Backings;
 use super::reply::{
-    bare_entry, entry, file_attr, from_offset, mode, reply_entry, reply_opendir, reply_read,
-    reply_xattr,
+    bare_entry, entry, file_attr, from_offset, reply_entry, reply_opendir, reply_read, reply_xattr,
+    type_bits,
 };
 use crate::base::start;
 use crate::fuse::{self, Backing, Forgets, Handler, Listing, Operation, Reply, StatFs, open};
@@ -247,7 +247,7 @@ fn length(result: &Result<Data, TreeError>) -> Option<usize> {
 fn list(entries: &[DirEntry], offset: u64, size: u32) -> Listing {
     let mut listing = Listing::new(size);
     for (cookie, entry) in from_offset(entries, offset) {
-        if !listing.add(entry.ino.0, cookie, mode(entry.kind), &entry.name) {
+        if !listing.add(entry.ino.0, cookie, type_bits(entry.kind), &entry.name) {
             break;
         }
     }

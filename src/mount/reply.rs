@@ -8,14 +8,13 @@ use super::errno::{BUFFER_TOO_SMALL, errno};
 use crate::fuse::{self, Payload, Reply, open};
 use crate::tree::{Attr, Data, DirEntry, Entry, Kind, Mapped, NodeId, Opened, Tree, TreeError};
 
-/// The type and permission bits of a mode.
-pub(super) fn mode(kind: Kind) -> u32 {
-    let kind_bits = match kind {
+/// The type in a mode.
+pub(super) fn type_bits(kind: Kind) -> u32 {
+    match kind {
         Kind::Directory => libc::S_IFDIR,
         Kind::File => libc::S_IFREG,
         Kind::Link => libc::S_IFLNK,
-    };
-    kind_bits | u32::from(kind.mode())
+    }
 }
 
 pub(super) fn file_attr(attr: &Attr) -> fuse::Attr {
@@ -24,7 +23,7 @@ pub(super) fn file_attr(attr: &Attr) -> fuse::Attr {
         size: attr.size,
         blocks: attr.blocks,
         time: attr.time,
-        mode: mode(attr.kind) | u32::from(attr.mode()),
+        mode: type_bits(attr.kind) | u32::from(attr.mode()),
         links: Attr::LINKS,
         uid: attr.uid,
         gid: attr.gid,
@@ -53,6 +52,7 @@ pub(super) fn bare_entry(listed: &DirEntry) -> fuse::Entry {
         time: SystemTime::UNIX_EPOCH,
         uid: 0,
         gid: 0,
+        umask: 0,
     };
     fuse::Entry {
         node: 0,

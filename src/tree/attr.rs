@@ -49,12 +49,19 @@ pub struct Attr {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Permission bits that it does not have.
+    pub umask: u16,
 }
 
 impl Attr {
-    /// Permission bits: its kind's, and a program may be run by whoever may read it.
+    /// Permission bits: its kind's, and a program may be run by whoever may read it. The mask holds for everything but links, whose
+    /// bits nobody looks at.
     pub fn mode(&self) -> u16 {
-        self.kind.mode() | if self.executable { 0o111 } else { 0 }
+        let mode = self.kind.mode() | if self.executable { 0o111 } else { 0 };
+        match self.kind {
+            Kind::Link => mode,
+            Kind::Directory | Kind::File => mode & !self.umask,
+        }
     }
 
     /// `st_blksize`: how much stdio and Python's buffered readers ask for at once. 128 KiB is the kernel's readahead
@@ -100,6 +107,29 @@ pub(super) fn of_file(file: &File) -> Vec<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mask_takes_bits_away_from_files_and_directories() {
+        let mode = |kind, executable, umask| {
+            let attr = Attr {
+                ino: NodeId(7),
+                kind,
+                size: 0,
+                blocks: 0,
+                executable,
+                time: SystemTime::UNIX_EPOCH,
+                uid: 0,
+                gid: 0,
+                umask,
+            };
+            attr.mode()
+        };
+        assert_eq!(mode(Kind::Directory, false, 0), 0o555);
+        assert_eq!(mode(Kind::Directory, false, 0o027), 0o550);
+        assert_eq!(mode(Kind::File, false, 0o027), 0o440);
+        assert_eq!(mode(Kind::File, true, 0o077), 0o500);
+        assert_eq!(mode(Kind::Link, false, 0o777), 0o777);
+    }
 
     #[test]
     fn blocks_tell_what_is_local_and_never_claim_a_hole() {

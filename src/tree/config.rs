@@ -21,6 +21,8 @@ pub struct TreeConfig {
     pub uid: u32,
     /// Group of everything.
     pub gid: u32,
+    /// Permission bits that files and directories do not have (umask(2)), at most `0o777`.
+    pub umask: u16,
     /// Whether the kernel may be given the files of sealed blobs to read without us.
     pub passthrough: bool,
     /// The time of directories that are of no artifact.
@@ -40,6 +42,7 @@ impl Default for TreeConfig {
             tags_patience: Duration::from_secs(2),
             uid: 0,
             gid: 0,
+            umask: 0,
             passthrough: false,
             started: SystemTime::now(),
             journal: None,
@@ -57,6 +60,7 @@ impl fmt::Debug for TreeConfig {
             .field("tags_patience", &self.tags_patience)
             .field("uid", &self.uid)
             .field("gid", &self.gid)
+            .field("umask", &format_args!("{:#o}", self.umask))
             .field("passthrough", &self.passthrough)
             .finish_non_exhaustive()
     }

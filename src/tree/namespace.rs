@@ -263,6 +263,7 @@ impl Tree {
             time,
             uid: self.0.config.uid,
             gid: self.0.config.gid,
+            umask: self.0.config.umask,
         }
     }
 
