@@ -109,15 +109,25 @@ pub type Reading = Typed<{ Scope::READING }>;
     ls /models/ghcr.io/org/model:v1          names are resolved when they are looked up\n  \
     vllm serve /models/docker.io/ai/smollm2:latest\n  \
     ocifs mount /models --plain-http registry.lan:5000 --cache-size 200G --allow-other\n  \
-    ocifs mount /models -o ro,_netdev,allow_other,cache-size=200G        as in /etc/fstab\n\n\
+    ocifs mount /models -o ro,_netdev,allow_other,cache-size=200G        as in /etc/fstab\n  \
+    ocifs mount /models --allow-other -o gid=1234,umask=027              for one group alone\n\n\
     Returns when the mount is up; `ocifs umount /models` takes it down, `ocifs status` tells how it is.")]
 pub struct Mount {
     /// The second process of a mount that goes to the background.
     #[arg(long, hide = true)]
     pub detached: bool,
+    /// What the mount table shows as the source.
+    #[arg(long, hide = true, value_name = "NAME")]
+    pub source: Option<String>,
+    /// Check everything and mount nothing: mount(8)'s -f.
+    #[arg(long, hide = true)]
+    pub fake: bool,
     /// An empty directory to mount on.
     #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub mountpoint: PathBuf,
+    /// Make the mount point if it is missing.
+    #[arg(long)]
+    pub mkdir: bool,
     /// Stay in the foreground and log to stderr; Ctrl-C unmounts.
     #[arg(long, short)]
     pub foreground: bool,
@@ -197,6 +207,10 @@ pub struct Restart {
     /// This mount alone. [default: all of them]
     #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub mountpoint: Option<PathBuf>,
+    /// Return when the process that serves now has ended, without waiting for the next one. For service managers, which start the
+    /// next one only then.
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 /// `ocifs log`.

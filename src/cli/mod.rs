@@ -20,6 +20,7 @@ mod manual;
 mod memory;
 mod metrics;
 mod mount;
+mod mount8;
 mod output;
 mod overview;
 mod progress;
@@ -51,33 +52,45 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Some(code) = supervise::holder(&arguments) {
         return code;
     }
+    match mount8::arguments(&arguments) {
+        None => perform(&arguments).into(),
+        Some(Ok(translated)) => mount8::exit_code(perform(&translated)).into(),
+        Some(Err(text)) => {
+            let _ = writeln!(std::io::stderr().lock(), "error: {text}");
+            mount8::exit_code(Exit::Usage as u8).into()
+        }
+    }
+}
+
+/// Does what these arguments ask for; the exit code.
+fn perform(arguments: &[OsString]) -> u8 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version go to stdout and are no error; a reader that left is none either.
             let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8));
+            return u8::try_from(error.exit_code()).unwrap_or(Exit::Usage as u8);
         }
     };
     memory::keep_private();
     memory::one_heap();
     log::init(&cli);
-    match dispatch(&cli) {
-        Ok(exit) => exit.into(),
+    match dispatch(&cli, arguments) {
+        Ok(exit) => exit as u8,
         Err(error) => {
             let explained = explain::explain(&error);
             if let Some(text) = explained.text(&error) {
                 let _ = writeln!(std::io::stderr().lock(), "{text}");
             }
-            explained.exit.into()
+            explained.exit as u8
         }
     }
 }
 
-fn dispatch(cli: &Cli) -> anyhow::Result<Exit> {
+fn dispatch(cli: &Cli, arguments: &[OsString]) -> anyhow::Result<Exit> {
     let global = &cli.global;
     match &cli.command {
-        Command::Mount(args) => mount::run(global, args),
+        Command::Mount(args) => mount::run(global, args, arguments),
         Command::Umount(args) => umount::run(global, args),
         Command::Status(args) => status::run(global, args),
         Command::Refresh(args) => refresh::run(global, args),

@@ -29,11 +29,18 @@ use crate::tree::{Space, Tree, TreeConfig, TreeError};
 /// How long the mount may take to come up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
+/// `arguments` are those that `args` were read from.
+pub(super) fn run(global: &Global, args: &Mount, arguments: &[OsString]) -> Result<Exit> {
     if args.detached {
         return Ok(detached(global, args));
     }
     let settings = context::settings(global, args.values()?)?;
+    if args.fake {
+        return Ok(Exit::Ok);
+    }
+    if args.mkdir {
+        make_point(&args.mountpoint);
+    }
     if args.foreground {
         return serve(args, &settings, || Ok(()));
     }
@@ -42,11 +49,11 @@ pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
     let hides = hides_something(&point);
     // A holder, and by it the process in the background.
     let holder = [supervise::HOLDER.into(), point.clone().into_os_string()];
-    let typed = std::env::args_os().skip(1);
-    let typed = holder
-        .into_iter()
-        .chain(typed)
-        .chain([OsString::from("--detached")]);
+    let mut typed: Vec<OsString> = arguments.iter().skip(1).cloned().collect();
+    // Behind a `--` it would be a path.
+    let end = typed.iter().position(|argument| argument == "--");
+    typed.insert(end.unwrap_or(typed.len()), "--detached".into());
+    let typed = holder.into_iter().chain(typed);
     // What goes wrong there is told with its exit code, on the first line.
     mount::spawn_detached(typed, Some(log), PATIENCE).map_err(|text| {
         let told = text
@@ -63,6 +70,15 @@ pub(super) fn run(global: &Global, args: &Mount) -> Result<Exit> {
         ));
     }
     Ok(Exit::Ok)
+}
+
+/// Makes a mount point that is missing, without asking what may be mounted there: a dead mount, or one whose next process waits for
+/// this one to start. What goes wrong shows when it is mounted on.
+fn make_point(point: &Path) {
+    let mode = rustix::fs::Mode::from(0o755);
+    if rustix::fs::mkdir(point, mode) == Err(rustix::io::Errno::NOENT) {
+        let _ = std::fs::create_dir_all(point);
+    }
 }
 
 /// Whether a mount on `point` hides files. What can't be told is none.
@@ -177,6 +193,7 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
         keeper: life.keeper.clone(),
         allow_other: settings.allow_other,
         cover: settings.nonempty,
+        source: args.source.clone().unwrap_or_else(|| "ocifs".to_owned()),
         stack_depth: if blobs.cache().is_on_overlay() { 2 } else { 1 },
         ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
     };
@@ -400,6 +417,18 @@ mod tests {
         assert!(!hides_something(&dir.path().join("nowhere")));
         std::fs::write(dir.path().join("file"), "").unwrap();
         assert!(hides_something(dir.path()));
+    }
+
+    #[test]
+    fn a_mount_point_that_is_missing_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        for below in ["a", "b/c/d", "b/c/d"] {
+            let point = dir.path().join(below);
+            make_point(&point);
+            assert!(point.is_dir(), "{below}");
+        }
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        make_point(&dir.path().join("file"));
     }
 
     #[test]

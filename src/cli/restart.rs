@@ -31,14 +31,25 @@ pub(super) fn run(global: &Global, args: &Restart) -> Result<Exit> {
     }
     for one in &mounts {
         let path = one.path.display();
-        restart(&settings, one).with_context(|| format!("cannot restart {path}"))?;
+        restart(&settings, one, !args.no_wait).with_context(|| format!("cannot restart {path}"))?;
     }
     Ok(Exit::Ok)
 }
 
-fn restart(settings: &Settings, one: &MountInfo) -> Result<()> {
+fn restart(settings: &Settings, one: &MountInfo, wait: bool) -> Result<()> {
     let ask = |request: &Request| mount::request(&settings.runtime_dir, one, request, PATIENCE);
     let before = ask(&Request::Restart)?;
+    if !wait {
+        let ended = before["pid"]
+            .as_u64()
+            .and_then(|pid| u32::try_from(pid).ok());
+        return match ended.is_none_or(|pid| mount::process_ends(pid, UP_BY)) {
+            true => Ok(()),
+            false => {
+                Err(Failure::new(Exit::Failure, "the process that serves now does not end").into())
+            }
+        };
+    }
     let deadline = Deadline::after(UP_BY);
     loop {
         // The one that ends does not answer any more, and may let go of who asks.

@@ -43,4 +43,4 @@ pub use meter::Meter;
 pub use mountinfo::{FS_TYPE, MountInfo, mounts};
 pub use point::{find, full_path};
 pub use session::{End, Mount, MountOptions, SessionRecord, Takeover, terminated};
-pub use umount::{Umount, Unmounted, unmount};
+pub use umount::{Umount, Unmounted, process_ends, unmount};

@@ -40,6 +40,8 @@ const MAX_BACKGROUND: u16 = 64;
 pub struct MountOptions {
     /// Where.
     pub path: PathBuf,
+    /// What the mount table shows as the source.
+    pub source: String,
     /// Whether other users than the one who mounts may read.
     pub allow_other: bool,
     /// Threads that take requests from the kernel; at least two, so that one slow copy does not keep others waiting.
@@ -62,6 +64,7 @@ impl MountOptions {
     pub fn new(path: impl Into<PathBuf>, runtime_dir: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            source: "ocifs".to_owned(),
             allow_other: false,
             threads: 4,
             cover: false,
@@ -166,7 +169,7 @@ impl Mount {
         };
         let spec = MountSpec {
             path: &path,
-            source: "ocifs",
+            source: &options.source,
             subtype: "ocifs",
             allow_other: options.allow_other,
         };

@@ -111,6 +111,11 @@ fn by_fusermount(path: &Path, lazy: bool) -> Result<(), MountError> {
     Err(failed(io::Error::other(text.trim().to_owned())))
 }
 
+/// Whether the process with this number ends in time, or has ended.
+pub fn process_ends(pid: u32, patience: Duration) -> bool {
+    open_process(pid).is_none_or(|process| ends_within(&process, patience))
+}
+
 fn open_process(pid: u32) -> Option<OwnedFd> {
     let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
     pidfd_open(pid, PidfdFlags::empty()).ok()
