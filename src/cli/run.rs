@@ -18,6 +18,7 @@ use super::context;
 use super::exit::Exit;
 use super::explain::Failure;
 use super::interrupt::interrupted;
+use super::supervise;
 use crate::mount;
 use crate::registry::Reference;
 
@@ -234,6 +235,8 @@ impl OwnMount {
                     .stdin(Stdio::null())
                     .stdout(Stdio::null())
                     .stderr(log);
+                // Whose service this is hears nothing from the mount, and keeps nothing of it.
+                supervise::without_manager(&mut command);
                 // Ctrl-C is for the runner; the mount is taken down after it.
                 command.process_group(0);
                 end_with_parent(&mut command);

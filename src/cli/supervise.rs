@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +58,21 @@ pub(super) fn holder(arguments: &[OsString]) -> Option<ExitCode> {
         [] => 2,
     };
     Some(code.into())
+}
+
+/// Keeps a mount that is started for this process alone from the manager whose service this process may be: it would take the mount
+/// for the service, which it is not.
+pub(super) fn without_manager(command: &mut Command) {
+    for name in [
+        "NOTIFY_SOCKET",
+        "LISTEN_PID",
+        "LISTEN_FDS",
+        "LISTEN_FDNAMES",
+        "WATCHDOG_PID",
+        "WATCHDOG_USEC",
+    ] {
+        command.env_remove(name);
+    }
 }
 
 fn tries(text: &str) -> Option<Tries> {

@@ -47,6 +47,7 @@ impl Mounted {
             .stderr(File::create(&log)?)
             // Ctrl-C is for the demonstration, which then takes the mount down in order.
             .process_group(0);
+        super::super::supervise::without_manager(&mut command);
         let own =
             std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("OCIFS_"));
         for (name, _) in own {
