@@ -55,7 +55,8 @@ pub(super) struct Found {
     pub(super) trouble: Option<String>,
 }
 
-/// The files that podman and docker look into: `REGISTRY_AUTH_FILE` alone where it is set, else `$DOCKER_CONFIG/config.json` alone where that
+/// The credential `auth.json` that a service manager has given (`LoadCredential=auth.json:…`, systemd.exec(5)), and behind it the
+/// files that podman and docker look into: `REGISTRY_AUTH_FILE` alone where it is set, else `$DOCKER_CONFIG/config.json` alone where that
 /// is (containers/common `pkg/auth`; docker looks nowhere else either), else in order `$XDG_RUNTIME_DIR/containers/auth.json`,
 /// `$XDG_CONFIG_HOME/containers/auth.json`, with their defaults, `~/.docker/config.json` and `~/.dockercfg`. `env` reads a variable.
 pub fn default_auth_files(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
@@ -64,10 +65,11 @@ pub fn default_auth_files(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf
             .filter(|value| !value.is_empty())
             .map(PathBuf::from)
     };
+    let given = dir("CREDENTIALS_DIRECTORY").map(|dir| dir.join("auth.json"));
     let named =
         dir("REGISTRY_AUTH_FILE").or_else(|| Some(dir("DOCKER_CONFIG")?.join("config.json")));
     if let Some(named) = named {
-        return vec![named];
+        return given.into_iter().chain([named]).collect();
     }
     let home = dir("HOME");
     let under_home = |path: &str| home.as_ref().map(|home| home.join(path));
@@ -80,6 +82,7 @@ pub fn default_auth_files(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf
             ))
         });
     [
+        given,
         Some(runtime.join("auth.json")),
         dir("XDG_CONFIG_HOME")
             .or_else(|| under_home(".config"))
@@ -195,8 +198,13 @@ mod tests {
         );
         assert_eq!(
             set(&["DOCKER_CONFIG", "HOME", "XDG_RUNTIME_DIR"]),
-            [dockers]
+            [dockers.clone()]
         );
+        // What a service was given comes first, and is not there for most.
+        let given = PathBuf::from("/CREDENTIALS_DIRECTORY/auth.json");
+        let both = set(&["CREDENTIALS_DIRECTORY", "DOCKER_CONFIG"]);
+        assert_eq!(both, [given.clone(), dockers]);
+        assert_eq!(set(&["CREDENTIALS_DIRECTORY", "HOME"])[0], given);
         let config = "/XDG_CONFIG_HOME/containers/auth.json";
         assert!(set(&["XDG_CONFIG_HOME"]).contains(&config.into()));
         let empty = |name: &str| (name == "REGISTRY_AUTH_FILE").then(OsString::new);
