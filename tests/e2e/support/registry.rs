@@ -218,6 +218,11 @@ impl Registry {
         dir
     }
 
+    /// The directory that it keeps everything in.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
     /// The file that holds a blob, to look at or to damage.
     pub fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").expect("a SHA-256 digest");
