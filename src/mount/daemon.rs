@@ -113,6 +113,13 @@ fn read_answer(reader: &mut PipeReader, patience: Duration) -> io::Result<Vec<u8
     }
 }
 
+/// Leaves the session of the terminal, once the mount is made and not before: below an automount point only processes of the group
+/// that mounts may look at the mount point, everybody else waits for the mount (`autofs_oz_mode` in fs/autofs/autofs_i.h).
+pub(super) fn leave_session() {
+    // Fails only for the leader of a group, which a process that was started from here is not; then there is no terminal to leave.
+    let _ = rustix::process::setsid();
+}
+
 /// The second process's end of the pipe.
 #[derive(Debug)]
 pub struct Ready(PipeWriter);
@@ -125,8 +132,7 @@ impl From<Ready> for Stdio {
 }
 
 impl Ready {
-    /// Takes the pipe from stdout, which becomes /dev/null, and leaves the session of the terminal. To be called before
-    /// anything is written to stdout.
+    /// Takes the pipe from stdout, which becomes /dev/null. To be called before anything is written to stdout.
     pub fn adopt() -> io::Result<Self> {
         let pipe = io::stdout().as_fd().try_clone_to_owned()?;
         let null = OpenOptions::new().write(true).open("/dev/null")?;
@@ -135,13 +141,13 @@ impl Ready {
         if unsafe { libc::dup2(null.as_raw_fd(), libc::STDOUT_FILENO) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        // Fails only for the leader of a group, which a process just started is not; then there is no terminal to leave.
-        let _ = rustix::process::setsid();
         Ok(Self(PipeWriter::from(pipe)))
     }
 
-    /// The mount is up: the first process returns. From here on no directory is kept busy by standing in it.
+    /// The mount is up: the first process returns. From here on no directory is kept busy by standing in it, and no terminal's end is
+    /// this process's.
     pub fn signal(mut self) -> io::Result<()> {
+        leave_session();
         std::env::set_current_dir("/")?;
         self.0.write_all(UP)
     }

@@ -398,6 +398,7 @@ impl<'a> Holder<'a> {
         }
         if value(b"READY=1").is_some() {
             daemon.ready = true;
+            super::daemon::leave_session();
             // No directory is kept busy by standing in it.
             let _ = std::env::set_current_dir("/");
             self.pass_on(daemon);
@@ -412,6 +413,10 @@ impl<'a> Holder<'a> {
     fn keep(&mut self, name: String, descriptor: OwnedFd) {
         if name == CONTROL {
             self.socket = control::named(descriptor.as_fd());
+        }
+        // It comes last, and whoever mounts has not heard yet that the mount is up.
+        if name == DEVICE {
+            super::daemon::leave_session();
         }
         self.kept.retain(|(known, _)| *known != name);
         if self.kept.len() < KEPT {
