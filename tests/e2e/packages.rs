@@ -93,7 +93,10 @@ fn a_package_is_installed_upgraded_under_readers_and_removed() {
     eventually(PATIENCE, "no process is left", || {
         (booted.run(["pgrep", "-x", "ocifs"]).status.code() == Some(1)).then_some(())
     });
-    assert_eq!(booted.sh("systemctl --failed --no-legend 'ocifs*'"), "");
+    assert_eq!(
+        booted.sh("systemctl list-units --failed --no-legend 'ocifs*'"),
+        ""
+    );
     assert_ne!(
         booted.sh("ls /var/cache/ocifs/blobs/sha256"),
         "",
