@@ -198,7 +198,7 @@ mod tests {
         );
         assert_eq!(
             set(&["DOCKER_CONFIG", "HOME", "XDG_RUNTIME_DIR"]),
-            [dockers.clone()]
+            std::slice::from_ref(&dockers)
         );
         // What a service was given comes first, and is not there for most.
         let given = PathBuf::from("/CREDENTIALS_DIRECTORY/auth.json");
