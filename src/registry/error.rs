@@ -130,6 +130,14 @@ pub enum RegistryError {
         /// What was wrong with the answer.
         reason: String,
     },
+    /// The head of an answer that would bring bytes tells of other bytes than were asked for.
+    #[error("{what}: {reason}")]
+    OtherBytes {
+        /// What was asked for.
+        what: String,
+        /// What the head says.
+        reason: String,
+    },
     /// The deadline passed, or the wait that the registry asks for goes beyond it.
     #[error("{what}: no answer within the time allowed")]
     Deadline {

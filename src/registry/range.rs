@@ -12,6 +12,7 @@ use reqwest::{Method, Response, Url};
 use super::address::{address_of, same_origin};
 use super::auth::Action;
 use super::client::{Call, Client, Need};
+use super::error::chain;
 use super::hosts::Host;
 use super::mirrors::Health;
 use super::peer::Peer;
@@ -319,7 +320,7 @@ impl Client {
                 what: what.clone(),
                 reason: format!("there are no bytes {range} in a blob of {size} bytes"),
             })?;
-        let call = Call {
+        let mut call = Call {
             method: Method::GET,
             repository,
             action: Action::Pull,
@@ -330,7 +331,26 @@ impl Client {
             fresh,
             what,
         };
-        let (call, key) = (&call, &(repository.clone(), *digest));
+        let key = (repository.clone(), *digest);
+        match self.blob_by(&call, &key, size, range, deadline).await {
+            // One of several servers behind a name may be broken, or what was sent on this connection before.
+            Err(error @ RegistryError::OtherBytes { .. }) => {
+                tracing::warn!(error = %chain(&error), "asking once more, over another connection");
+                (call.fresh, call.bulk) = (true, true);
+                self.blob_by(&call, &key, size, range, deadline).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn blob_by(
+        &self,
+        call: &Call<'_>,
+        key: &(Repository, Digest),
+        size: u64,
+        range: ByteRange,
+        deadline: Deadline,
+    ) -> Result<BlobBody, RegistryError> {
         self.retry(&call.what, Tries::UntilDeadline, deadline, || {
             self.via(call, Need::Pull, deadline, |peer| async move {
                 peer.blob_once(call, key, size, range).await
@@ -410,7 +430,7 @@ impl Peer {
             return Err(self.refusal(answer, call).await);
         }
         let promise = check_head(status.as_u16(), answer.response.headers(), range, size).map_err(
-            |reason| RegistryError::Protocol {
+            |reason| RegistryError::OtherBytes {
                 what: call.what.clone(),
                 reason,
             },

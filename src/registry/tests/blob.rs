@@ -102,10 +102,29 @@ async fn answers_to_another_question_are_refused() {
     for answer in answers {
         let server = Server::start(move |_| answer());
         let error = read(&registry(), &server).await.unwrap_err();
-        assert!(matches!(error, RegistryError::Protocol { .. }), "{error:?}");
+        assert!(
+            matches!(error, RegistryError::OtherBytes { .. }),
+            "{error:?}"
+        );
         assert!(!error.is_transient());
-        assert_eq!(server.seen().len(), 1);
+        assert_eq!(server.seen().len(), 2, "asked once more, and no more");
     }
+}
+
+#[tokio::test]
+async fn one_answer_to_another_question_is_asked_for_again_over_another_connection() {
+    let count = AtomicUsize::new(0);
+    let server = Server::start(move |request| match count.fetch_add(1, Ordering::Relaxed) {
+        1 => reply(206, vec![0; 2000]).header("Content-Range", "bytes 0-1999/100000"),
+        _ => serve_blob(&content(SIZE).0, request),
+    });
+    let registry = registry();
+    for requests in [1, 3] {
+        let (bytes, error) = range(&registry, &server).await;
+        assert!(error.is_none() && bytes == wanted());
+        assert_eq!(server.seen().len(), requests);
+    }
+    assert!(server.accepted() >= 2);
 }
 
 #[tokio::test]
