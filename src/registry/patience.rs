@@ -2,7 +2,7 @@
 //!
 //! A connection that died without a word (a link that went down, a NAT that forgot it) looks like a server that thinks. What tells
 //! them apart is what the same host usually takes: several times that, and never less than some seconds. A host that is given up
-//! wrongly gets twice as long the next time, up to the setting, so that a slow one is asked a few times in vain, not for ever.
+//! wrongly gets twice as long the next time, up to a minute and the setting, so that a slow one is asked a few times in vain, not for ever.
 
 use std::time::Duration;
 
@@ -10,6 +10,8 @@ use std::time::Duration;
 const TIMES: u32 = 8;
 /// A connection is not given up sooner: networks lose packets, and TCP needs a second and more to send them again.
 const LEAST: Duration = Duration::from_secs(4);
+/// Having been given up makes it no longer: a network that is back should be noticed in time.
+const LONGEST: Duration = Duration::from_secs(60);
 /// A reader's request that takes so many times what its like took gets a second one beside it.
 const SLOW_TIMES: f64 = 4.0;
 /// But not sooner than this,
@@ -87,7 +89,8 @@ impl Patience {
     fn given(&self, usual: &Usual, most: Duration) -> Duration {
         let Some(usual) = usual.0 else { return most };
         let patience = usual.saturating_mul(TIMES).max(LEAST);
-        patience.saturating_mul(1 << self.stalls.min(10)).min(most)
+        let doubled = patience.saturating_mul(1 << self.stalls.min(10));
+        doubled.min(patience.max(LONGEST)).min(most)
     }
 
     /// When a request for `bytes` takes so long, it is slow for this host.
@@ -166,6 +169,27 @@ mod tests {
             patience.for_head(MOST),
             MOST,
             "and then it is known to be slow"
+        );
+    }
+
+    #[test]
+    fn a_dark_network_is_looked_at_again_within_a_minute_whatever_the_setting() {
+        let hour = Duration::from_secs(3600);
+        let mut patience = Patience::default();
+        patience.head(ms(100));
+        let waits: Vec<_> = (0..6)
+            .map(|_| {
+                patience.stalled();
+                patience.for_head(hour).as_secs()
+            })
+            .collect();
+        assert_eq!(waits, [8, 16, 32, 60, 60, 60]);
+        patience.head(Duration::from_secs(20));
+        patience.stalled();
+        assert_eq!(
+            patience.for_head(hour).as_secs(),
+            160,
+            "a slow one keeps what it takes"
         );
     }
 

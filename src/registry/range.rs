@@ -353,7 +353,7 @@ impl Client {
     ) -> Result<BlobBody, RegistryError> {
         self.retry(&call.what, Tries::UntilDeadline, deadline, || {
             self.via(call, Need::Pull, deadline, |peer| async move {
-                peer.blob_once(call, key, size, range).await
+                peer.blob_once(call, key, size, range, deadline).await
             })
         })
         .await
@@ -367,9 +367,10 @@ impl Peer {
         key: &(Repository, Digest),
         size: u64,
         range: ByteRange,
+        deadline: Deadline,
     ) -> Result<BlobBody, RegistryError> {
         if let Some(url) = self.kept.get(key) {
-            match self.blob_from_kept(call, &url, size, range).await {
+            match self.blob_from_kept(call, &url, size, range, deadline).await {
                 Ok(Some(body)) => return Ok(body),
                 // Expired, or moved: the registry is asked again, once.
                 Ok(None) => self.kept.forget(key, &url),
@@ -381,7 +382,7 @@ impl Peer {
         }
         let answer = self.call_once(call).await?;
         let (redirected, url) = (answer.redirected, answer.url.clone());
-        let body = self.body(answer, call, size, range).await?;
+        let body = self.body(answer, call, size, range, deadline).await?;
         if redirected {
             self.kept.keep(key.clone(), url);
         }
@@ -396,6 +397,7 @@ impl Peer {
         url: &Url,
         size: u64,
         range: ByteRange,
+        deadline: Deadline,
     ) -> Result<Option<BlobBody>, RegistryError> {
         let root = self.root(call.repository).await?;
         let answer = if same_origin(&root, url) {
@@ -415,7 +417,9 @@ impl Peer {
         ) {
             return Ok(None);
         }
-        self.body(answer, call, size, range).await.map(Some)
+        self.body(answer, call, size, range, deadline)
+            .await
+            .map(Some)
     }
 
     async fn body(
@@ -424,6 +428,7 @@ impl Peer {
         call: &Call<'_>,
         size: u64,
         range: ByteRange,
+        deadline: Deadline,
     ) -> Result<BlobBody, RegistryError> {
         let status = answer.response.status();
         if !status.is_success() {
@@ -450,7 +455,11 @@ impl Peer {
             response: Box::new(answer.response),
             left,
             withheld,
-            stall_timeout: self.transport.stall_timeout(),
+            // A body that is silent until nobody waits for it any more helps nobody.
+            stall_timeout: self
+                .transport
+                .stall_timeout()
+                .min(deadline.left().max(LEAST_WAIT)),
             what: call.what.clone(),
             ended: false,
             mirror: self.watched().map(|mirror| Box::new((mirror, call.key()))),

@@ -269,6 +269,55 @@ fn a_mount_whose_network_swallows_everything_can_be_taken_down_and_its_readers_k
     }
 }
 
+/// Names that nobody resolves, and a server that takes connections and says nothing: what is looked up there ends in time, is not said to be
+/// missing, and keeps nobody waiting who looks elsewhere.
+#[test]
+fn lookups_end_in_time_where_neither_names_nor_handshakes_are_answered() {
+    let site = Site::new(&[("v1", 930)], &["-o", "metadata-timeout=3s"]);
+    // The other machine passes nothing on, and tells nobody.
+    let origin = site.origin.address.to_string();
+    site.node
+        .run("ip", &["route", "add", "default", "via", &origin]);
+    site.node.rules(
+        "chain in { type filter hook input priority 0; udp dport 53 drop; tcp dport 53 drop; }",
+    );
+    let silent =
+        "import socket, time; s = socket.create_server(('0.0.0.0', 5001)); time.sleep(600)";
+    let mut silent = site
+        .origin
+        .command("python3")
+        .args(["-c", silent])
+        .spawn()
+        .unwrap();
+    for below in [
+        "registry.example/org/m:v1".to_owned(),
+        format!("{origin}:5001/org/m:v1"),
+    ] {
+        let (path, begun) = (site.mount.path(&below), Instant::now());
+        let waiting = std::thread::spawn(move || std::fs::metadata(path).unwrap_err());
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(site.mount.read_at(&site.below("v1"), 5, 4096) == Content::new(930).bytes(5, 4096));
+        assert!(
+            begun.elapsed() < Duration::from_secs(3),
+            "{below}: others wait"
+        );
+        let error = waiting.join().unwrap();
+        assert!(
+            begun.elapsed() < Duration::from_secs(8),
+            "{below}: {:?}",
+            begun.elapsed()
+        );
+        assert_ne!(
+            error.kind(),
+            std::io::ErrorKind::NotFound,
+            "{below}: {error}"
+        );
+    }
+    silent.kill().unwrap();
+    silent.wait().unwrap();
+    site.mount.unmount();
+}
+
 /// A line so narrow that a part takes as long as a stall would: slow is not dead.
 #[test]
 fn a_narrow_line_is_no_stall() {

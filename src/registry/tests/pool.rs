@@ -12,6 +12,7 @@ use hyper::header::{CONTENT_RANGE, RANGE};
 use hyper::service::service_fn;
 use hyper::{Request, Response, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_rustls::TlsAcceptor;
 
 use crate::base::{ByteRange, Digest};
@@ -291,6 +292,75 @@ async fn a_server_of_one_version_is_asked_in_that_one() {
         let (versions, _) = spoken(&[], http).await;
         assert_eq!(versions, [Version::HTTP_11; 12], "without ALPN");
     }
+}
+
+/// A way to a server whose first connection that has carried so many bytes carries no more, and says so to nobody; its address.
+async fn dying_way(server: String, after: usize) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let died = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let upstream = tokio::net::TcpStream::connect(&server).await.unwrap();
+            let died = Arc::clone(&died);
+            tokio::spawn(async move {
+                let (mut from_client, mut to_client) = client.into_split();
+                let (mut from_server, mut to_server) = upstream.into_split();
+                let up =
+                    tokio::spawn(
+                        async move { tokio::io::copy(&mut from_client, &mut to_server).await },
+                    );
+                let mut piece = vec![0; 16 << 10];
+                let mut carried = 0;
+                while let Ok(count @ 1..) = from_server.read(&mut piece).await {
+                    carried += count;
+                    if carried > after && !died.swap(true, Ordering::Relaxed) {
+                        up.abort();
+                        std::future::pending::<()>().await;
+                    }
+                    if to_client.write_all(&piece[..count]).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_of_http2_that_dies_without_a_word_costs_seconds() {
+    let server = Modern::start(&["h2"]).await;
+    let way = dying_way(server.address.clone(), MIB).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("ca.pem");
+    std::fs::write(&file, AUTHORITY).unwrap();
+    // Neither this nor the setting for a stall ends it: what is known of the host does, and the connection's own pings.
+    let registry = Registry::new(RegistryConfig {
+        ca_files: vec![file],
+        stall_timeout: Duration::from_secs(600),
+        ..config()
+    })
+    .unwrap();
+    let repository = Repository::new(&way, "org/model").unwrap();
+    let deadline = crate::base::Deadline::after(Duration::from_secs(300));
+    let (begun, mut all, mut cut) = (Instant::now(), Vec::new(), 0);
+    while all.len() < 4 * MIB {
+        let range = ByteRange::new(all.len() as u64, 4 * MIB as u64);
+        let body = registry
+            .blob(&repository, &BLOB.1, SIZE as u64, range, deadline)
+            .await
+            .unwrap();
+        let (bytes, error) = drain(body).await;
+        all.extend_from_slice(&bytes);
+        cut += usize::from(error.is_some_and(|error| error.is_transient()));
+    }
+    let took = begun.elapsed();
+    assert!(all == BLOB.0[..4 * MIB]);
+    assert!(cut > 0 && took < Duration::from_secs(40), "{cut}, {took:?}");
+    let (versions, connections) = server.spoken();
+    assert!(versions.iter().all(|version| *version == Version::HTTP_2));
+    assert!(connections >= 2, "the dead one is not used for ever");
 }
 
 #[tokio::test]
