@@ -22,7 +22,9 @@ use super::supervise::{self, Supervision};
 use super::{config, context, log, metrics};
 use crate::blob::Blobs;
 use crate::config::Settings;
-use crate::mount::{self, End, Handler, Keeper, Kept, MountOptions, Ready, Request, Takeover};
+use crate::mount::{
+    self, End, Handler, Keeper, Kept, MountOptions, Ready, Request, Takeover, Watchdog,
+};
 use crate::registry::Reference;
 use crate::tree::{Space, Tree, TreeConfig, TreeError};
 
@@ -240,6 +242,19 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
     up().context("cannot tell that the mount is up")?;
     tracing::info!(path = %mount.info().path.display(), cache = %settings.cache_dir.display(), "mounted");
     life.up(&mount.info().path);
+    if let (Some(keeper), Some(every)) = (&life.keeper, supervision.watchdog) {
+        let watchdog = Watchdog {
+            every,
+            longest_answer: settings
+                .blob
+                .read_timeout
+                .max(settings.model.metadata_timeout),
+        };
+        let on = runtime.handle().clone();
+        if let Err(error) = mount.watch(Arc::clone(keeper), watchdog, on) {
+            tracing::warn!(%error, "the service manager will not hear that this process goes on");
+        }
+    }
     let next = life.next.notified();
     let end = runtime.block_on(mount.run_until(mount::terminated(), next))?;
     if end == End::HandedOver {

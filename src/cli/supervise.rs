@@ -87,6 +87,8 @@ fn tries(text: &str) -> Option<Tries> {
 #[derive(Debug, Default)]
 pub(super) struct Supervision {
     pub(super) keeper: Option<Arc<Keeper>>,
+    /// How often the service manager wants to hear that this process goes on.
+    pub(super) watchdog: Option<Duration>,
     left: Option<Left>,
     why: String,
 }
@@ -113,6 +115,7 @@ impl Supervision {
         let held = read(HELD);
         let why = read(WHY).and_then(|why| why.into_string().ok());
         let notify = read("NOTIFY_SOCKET");
+        let watchdog = ["WATCHDOG_USEC", "WATCHDOG_PID"].map(read);
         let listen = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"].map(read);
         if let Some(held) = held {
             return Self::of_holder(&held.to_string_lossy(), why.unwrap_or_default());
@@ -129,8 +132,10 @@ impl Supervision {
         };
         let [pid, count, names] = listen.map(|value| value?.into_string().ok());
         let kept = passed(pid, count, names, std::process::id());
+        let [limit, pid] = watchdog.map(|value| value?.into_string().ok());
         Self {
             keeper,
+            watchdog: half_of_watchdog(limit, pid, std::process::id()),
             left: Left::from_kept(kept.into_iter().map(open)),
             why: "the process before it ended".to_owned(),
         }
@@ -150,6 +155,7 @@ impl Supervision {
         }
         Self {
             keeper,
+            watchdog: None,
             left: Left::from_kept(kept),
             why,
         }
@@ -262,6 +268,13 @@ fn passed(
         .collect()
 }
 
+/// Half of the time after which the service manager kills who says nothing, as sd_watchdog_enabled(3) has it.
+fn half_of_watchdog(limit: Option<String>, pid: Option<String>, own: u32) -> Option<Duration> {
+    let ours = pid.is_none_or(|pid| pid.parse() == Ok(own));
+    let limit: u64 = limit?.parse().ok()?;
+    (ours && limit > 1).then(|| Duration::from_micros(limit / 2))
+}
+
 fn open((name, number): (String, RawFd)) -> (String, OwnedFd) {
     // SAFETY: it was passed to this process for it to use, under a variable that is read once. Should that have lied and the
     // number be of nobody's, then the first use says so.
@@ -292,6 +305,20 @@ mod tests {
             assert!(ask(pid, count).is_empty(), "{pid} {count}");
         }
         assert!(passed(None, None, None, 42).is_empty());
+    }
+
+    #[test]
+    fn the_watchdog_is_for_this_process_or_for_nobody() {
+        let ask = |limit: Option<&str>, pid: Option<&str>| {
+            half_of_watchdog(limit.map(str::to_owned), pid.map(str::to_owned), 42)
+        };
+        let half = Some(Duration::from_secs(1));
+        assert_eq!(ask(Some("2000000"), Some("42")), half);
+        assert_eq!(ask(Some("2000000"), None), half);
+        assert_eq!(ask(Some("2000000"), Some("41")), None);
+        for limit in [None, Some("0"), Some("-1"), Some("x")] {
+            assert_eq!(ask(limit, Some("42")), None, "{limit:?}");
+        }
     }
 
     #[test]

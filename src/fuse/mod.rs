@@ -11,6 +11,7 @@
 //! | `device` | reading requests, writing answers and notifications, backing files |
 //! | `reply` | an answer that is given once, now or later |
 //! | `interrupt` | who waits and is killed goes at once |
+//! | `activity` | whether threads go on |
 //! | `session` | threads, from the introduction to the end |
 //! | `mounting` | mount(2) or fusermount3 |
 //!
@@ -18,6 +19,7 @@
 //! rest ENOSYS, which the kernel remembers. A request that is not understood, or whose reply is dropped, is EIO.
 
 mod abi;
+mod activity;
 mod answer;
 mod device;
 #[cfg(any(test, fuzzing))]
@@ -32,6 +34,7 @@ mod session;
 mod wire;
 
 pub use abi::{open, operation_name};
+pub use activity::Activity;
 pub use answer::{Attr, Entry, Listing, Opened, StatFs};
 pub use device::{Backing, Notifier};
 pub use init::{Negotiated, Wanted};

@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use tokio::sync::watch;
 
+use super::activity::Activity;
 use super::device::{Device, Notifier, READ_BUFFER};
 use super::init::{self, Negotiated, Step, Wanted};
 use super::interrupt::Interrupts;
@@ -35,6 +36,8 @@ pub(super) struct Link {
     pub(super) interrupts: Interrupts,
     pub(super) phase: watch::Sender<Phase>,
     pub(super) counts: Counts,
+    /// Of each thread that takes requests.
+    threads: Box<[Activity]>,
     /// Answers that are owed.
     pub(super) owed: AtomicUsize,
 }
@@ -200,21 +203,22 @@ impl Session {
     /// # Errors
     /// When there are no threads to be had.
     pub fn serve(self, handler: impl Handler, threads: usize) -> io::Result<Serving> {
+        let threads = threads.max(1);
         let link = Arc::new(Link {
+            threads: (0..threads).map(|_| Activity::default()).collect(),
             device: self.device,
             interrupts: Interrupts::default(),
             phase: watch::Sender::new(Phase::Serving),
             counts: Counts::new(),
             owed: AtomicUsize::new(0),
         });
-        let threads = threads.max(1);
         let (handler, left) = (Arc::new(handler), Arc::new(AtomicUsize::new(threads)));
         let failure = watch::Sender::new(None);
         for number in 0..threads {
             let (link, handler) = (Arc::clone(&link), Arc::clone(&handler));
             let (left, failure) = (Arc::clone(&left), failure.clone());
             let work = move || {
-                if let Err(error) = serve(&link, handler.as_ref()) {
+                if let Err(error) = serve(&link, handler.as_ref(), &link.threads[number]) {
                     tracing::error!(%error, "the connection to the kernel broke");
                     failure.send_replace(error.raw_os_error());
                 }
@@ -260,6 +264,11 @@ impl Serving {
         &self.link.counts
     }
 
+    /// What each thread that takes requests does.
+    pub fn threads(&self) -> &[Activity] {
+        &self.link.threads
+    }
+
     /// Answers EIO to all who wait, and to all who would have to from now on.
     pub fn hurry(&self) {
         self.link.phase.send_if_modified(|phase| {
@@ -290,7 +299,7 @@ impl Serving {
 }
 
 /// Takes requests until the mount is gone.
-fn serve(link: &Arc<Link>, handler: &impl Handler) -> io::Result<()> {
+fn serve(link: &Arc<Link>, handler: &impl Handler, activity: &Activity) -> io::Result<()> {
     // Written to, so that every page is there: the kernel gives EIO to whoever asked when it must fetch one for a process that is
     // being killed (`fuse_dev_do_read` in fs/fuse/dev.c).
     let mut buffer = vec![1; READ_BUFFER];
@@ -300,6 +309,7 @@ fn serve(link: &Arc<Link>, handler: &impl Handler) -> io::Result<()> {
             thread::park();
         }
         let bytes = &buffer[..length];
+        let _busy = activity.begin();
         // A fault in one answer must not take the thread from all others. The reply, dropped on the way out, is EIO.
         if catch_unwind(AssertUnwindSafe(|| dispatch(link, handler, bytes))).is_err() {
             tracing::error!("a request could not be answered");

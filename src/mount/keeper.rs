@@ -119,6 +119,11 @@ impl Keeper {
         self.say("READY=1", None)
     }
 
+    /// This process goes on: for a manager that would kill it otherwise.
+    pub(super) fn alive(&self) {
+        self.try_say("WATCHDOG=1");
+    }
+
     /// What to show to people.
     pub fn status(&self, text: &str) {
         let text = text.replace('\n', " ");

@@ -14,6 +14,7 @@
 //! | `daemon` | going to the background |
 //! | `keeper` | who keeps the descriptors while the daemon is exchanged |
 //! | `holder` | a process of ours that does |
+//! | `watchdog` | telling the service manager that we go on |
 //! | `mountinfo` | which mounts there are |
 
 mod control;
@@ -33,6 +34,7 @@ mod point;
 mod reply;
 mod session;
 mod umount;
+mod watchdog;
 
 pub use control::{Handler, Request, request};
 pub use daemon::{Ready, spawn_detached};
@@ -44,3 +46,4 @@ pub use mountinfo::{FS_TYPE, MountInfo, mounts};
 pub use point::{find, full_path};
 pub use session::{End, Mount, MountOptions, SessionRecord, Takeover, terminated};
 pub use umount::{Umount, Unmounted, process_ends, unmount};
+pub use watchdog::Watchdog;

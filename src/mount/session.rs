@@ -19,8 +19,11 @@ use super::keeper::{CONTROL, DEVICE, JOURNAL, Keeper, Left};
 use super::meter::Meter;
 use super::mountinfo::{FS_TYPE, MountInfo};
 use super::passthrough::Backings;
+use super::watchdog::{self, Watchdog, Watched};
 use super::{MountError, point, umount};
-use crate::fuse::{self, Counts, MountSpec, Negotiated, Notifier, Serving, Session, Wanted};
+use crate::fuse::{
+    self, Activity, Counts, MountSpec, Negotiated, Notifier, Serving, Session, Wanted,
+};
 use crate::tree::{Invalidation, Journal, Restored, Tree};
 
 /// How long readers of a mount that was busy at the end may finish what they do.
@@ -148,6 +151,8 @@ pub enum End {
 pub struct Mount {
     info: MountInfo,
     serving: Serving,
+    /// What the thread does that tells the kernel what to drop.
+    notifying: Activity,
     down: bool,
     _control: Server,
 }
@@ -271,7 +276,8 @@ impl Mount {
             backings,
             meter: Arc::clone(&options.meter),
         };
-        let serving = notify(session.notifier(), events)
+        let notifying = Activity::default();
+        let serving = notify(session.notifier(), events, notifying.clone())
             .and_then(|()| session.serve(filesystem, options.threads.max(2)))
             .map_err(|source| MountError::Setup {
                 action: "cannot start a thread for",
@@ -281,6 +287,7 @@ impl Mount {
         Ok(Self {
             info,
             serving,
+            notifying,
             down: false,
             _control: control,
         })
@@ -294,6 +301,24 @@ impl Mount {
     /// What the kernel has asked.
     pub fn counts(&self) -> Counts {
         self.serving.counts().clone()
+    }
+
+    /// Tells the service manager from now on that this process goes on, while it does.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn watch(
+        &self,
+        keeper: Arc<Keeper>,
+        watchdog: Watchdog,
+        runtime: Handle,
+    ) -> std::io::Result<()> {
+        let watched = Watched {
+            serving: self.serving.threads().to_vec(),
+            notifying: self.notifying.clone(),
+            runtime,
+        };
+        watchdog::watch(keeper, watchdog, watched)
     }
 
     /// Like [`run`](Self::run), but when `next` comes, requests are left to the process that goes on from here.
@@ -430,9 +455,14 @@ fn take_down(info: &MountInfo) -> Result<bool, MountError> {
 ///
 /// The kernel takes a directory's lock for that, and keeps the sender waiting while a lookup in the directory waits for its
 /// reply. So this is a thread of its own that owes nobody a reply.
-fn notify(notifier: Notifier, events: Receiver<Invalidation>) -> std::io::Result<()> {
+fn notify(
+    notifier: Notifier,
+    events: Receiver<Invalidation>,
+    activity: Activity,
+) -> std::io::Result<()> {
     let pass_on = move || {
         for event in events {
+            let _busy = activity.begin();
             let sent = match &event {
                 Invalidation::Entry { parent, name } => notifier.entry(parent.0, name),
                 Invalidation::Attributes(node) => notifier.attributes(node.0),

@@ -29,6 +29,8 @@ struct Manager {
     /// Everything that was said, descriptors left out.
     heard: Vec<String>,
     child: Option<Child>,
+    /// After how long without a word the service would be killed.
+    watchdog: Option<Duration>,
     cache: TempDir,
     dir: TempDir,
 }
@@ -43,6 +45,7 @@ impl Manager {
             kept: Vec::new(),
             heard: Vec::new(),
             child: None,
+            watchdog: None,
             cache: scratch("cache"),
             dir,
         }
@@ -71,7 +74,7 @@ impl Manager {
             script += &format!("exec {}<&{at}; ", at + 3);
             names.push(name.as_str());
         }
-        script += "exec </dev/null >>\"$LOG\" 2>&1; export LISTEN_PID=$$; exec \"$0\" \"$@\"";
+        script += "exec </dev/null >>\"$LOG\" 2>&1; export LISTEN_PID=$$ WATCHDOG_PID=$$; exec \"$0\" \"$@\"";
         shell.arg("-c").arg(script).arg(command.get_program());
         shell.args(command.get_args());
         for (name, value) in command.get_envs() {
@@ -83,6 +86,9 @@ impl Manager {
         shell
             .env("NOTIFY_SOCKET", self.dir.path().join("notify"))
             .env("LOG", log);
+        if let Some(limit) = self.watchdog {
+            shell.env("WATCHDOG_USEC", limit.as_micros().to_string());
+        }
         if !names.is_empty() {
             assert_eq!(names.len(), 3, "{names:?}");
             shell
@@ -266,6 +272,44 @@ fn a_service_that_is_killed_goes_on_with_the_descriptors_that_the_manager_keeps(
     assert!(manager.ended().success());
     assert!(manager.heard.contains(&"STOPPING=1".to_owned()));
     assert!(!is_mounted(&manager.root()));
+}
+
+/// `WatchdogSec=`: as long as the service goes on it says so; one that is stopped does not, and the next one does again.
+#[test]
+fn the_manager_hears_that_a_service_goes_on_and_kills_one_that_does_not() {
+    let published = Published::new();
+    let args = published.registry.ocifs_args();
+    let mut manager = Manager::new();
+    let limit = Duration::from_secs(1);
+    manager.watchdog = Some(limit);
+    manager.start(&args);
+    let goes_on = |manager: &mut Manager| {
+        for _ in 0..4 {
+            let begun = Instant::now();
+            manager.until("WATCHDOG=1");
+            assert!(begun.elapsed() < limit, "{:?}", begun.elapsed());
+        }
+    };
+    goes_on(&mut manager);
+    let path = manager.root().join(format!(
+        "{}/org/m:v1/warm.safetensors",
+        published.registry.host()
+    ));
+    assert!(read_at(&path, 7) == Content::new(21).bytes(7, 50_000));
+    manager.signal(Signal::STOP);
+    while !manager.hear().is_empty() {}
+    let begun = Instant::now();
+    while begun.elapsed() < limit {
+        assert_eq!(manager.hear(), [] as [String; 0], "it is stopped");
+    }
+    manager.signal(Signal::ABORT);
+    manager.signal(Signal::KILL);
+    assert!(!manager.ended().success());
+    manager.start(&args);
+    goes_on(&mut manager);
+    assert!(read_at(&path, 9) == Content::new(21).bytes(9, 50_000));
+    manager.signal(Signal::TERM);
+    assert!(manager.ended().success());
 }
 
 #[test]
