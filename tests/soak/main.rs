@@ -1,7 +1,8 @@
 //! A soak: readers of all kinds, faults of all kinds and kills at random moments, all at once, for as long as is asked for.
 //!
-//! `cargo test --test soak -- --soak 10m [--seed N]`; without `--soak` forty seconds. What must hold is the same however long it takes: no
-//! wrong byte ever, no error but across a kill, no operation without an end, the cache within its limit, the daemon within its
+//! `cargo test --test soak -- --soak 10m [--seed N]`; without `--soak` forty seconds. Every other kill is of the daemon alone, so that the
+//! holder starts the next one; the others are of both, and the cache is mounted anew. What must hold is the same however long it
+//! takes: no wrong byte ever, no error but where both were killed, no operation without an end, the cache within its limit, the daemon within its
 //! memory. At the end it prints what was survived.
 
 // Helpers of a test program.
@@ -31,7 +32,8 @@ use serde_json::json;
 
 use support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer, tar};
 use support::content::Content;
-use support::mount::{Mount, ocifs};
+use support::held::Held;
+use support::mount::ocifs;
 use support::process::{run_command, run_with_input};
 use support::proxy::{Fault, Proxy};
 use support::registry::Registry;
@@ -81,8 +83,10 @@ struct World {
     files: Vec<Expected>,
     cache: tempfile::TempDir,
     runtime: tempfile::TempDir,
-    /// The mount point, and how often the daemon was ended or started: odd while there is none.
+    /// The mount point, and how often the mount was ended or made: odd while there is none.
     mounted: RwLock<(PathBuf, u64)>,
+    /// How often the daemon alone was killed.
+    daemons: AtomicU64,
     over: AtomicBool,
     counts: Mutex<BTreeMap<String, u64>>,
     bytes: AtomicU64,
@@ -123,6 +127,7 @@ impl World {
             cache: scratch("soak-cache"),
             runtime: scratch("soak-runtime"),
             mounted: RwLock::new((PathBuf::new(), 1)),
+            daemons: AtomicU64::new(0),
             over: AtomicBool::new(false),
             counts: Mutex::default(),
             bytes: AtomicU64::new(0),
@@ -147,7 +152,7 @@ impl World {
         }
     }
 
-    fn mount(&self, random: &mut Random) -> Mount {
+    fn mount(&self, random: &mut Random) -> Held {
         let prefetch = ["none", "blob", "model"][random.below(3) as usize];
         let (size, memory) = (CACHE.to_string(), MEMORY.to_string());
         let mut flags: Vec<String> = [
@@ -170,9 +175,10 @@ impl World {
         if random.below(4) == 0 {
             flags.extend(["--verify".to_owned(), "strict".to_owned()]);
         }
-        let mount = Mount::start_as(self.cache.path(), flags, |command| {
-            command.env("OCIFS_RUNTIME_DIR", self.runtime.path());
-        });
+        let mut command = ocifs(["mount"]);
+        // More deaths than a daemon may have that is in order.
+        command.env("OCIFS_HOLDER_TRIES", "100/10");
+        let mount = Held::start_in(self.runtime.path(), command, self.cache.path(), flags);
         let mut mounted = self.mounted.write().unwrap();
         assert!(mounted.1 % 2 == 1, "there was none");
         *mounted = (mount.root().to_owned(), mounted.1 + 1);
@@ -199,8 +205,8 @@ impl World {
                 // The kill comes first, then it is told.
                 std::thread::sleep(Duration::from_millis(500));
                 let now = self.mounted.read().unwrap().1;
-                assert_ne!(now, epoch, "{what}: {error}, and nobody was killed");
-                self.count("cut off by a kill");
+                assert_ne!(now, epoch, "{what}: {error}, and the mount is the same");
+                self.count("cut off by a kill of both");
             }
         }
     }
@@ -381,6 +387,7 @@ fn operator(world: &World, mut random: Random) {
     while !world.is_over() {
         world.sleep(Duration::from_millis(500 + random.below(2000)));
         let epoch = world.mounted.read().unwrap().1;
+        let daemons = world.daemons.load(Ordering::SeqCst);
         let cache = world.cache.path().to_str().unwrap().to_owned();
         let reference = world.files[random.below(MODELS) as usize]
             .below
@@ -416,7 +423,9 @@ fn operator(world: &World, mut random: Random) {
             assert!(code.is_some_and(|code| code != 101), "{output}");
             // `refresh` says that the registry cannot be reached just now; others fail only where the daemon was killed.
             std::thread::sleep(Duration::from_millis(500));
-            let killed = world.mounted.read().unwrap().1 != epoch || epoch % 2 == 1;
+            let killed = world.mounted.read().unwrap().1 != epoch
+                || epoch % 2 == 1
+                || world.daemons.load(Ordering::SeqCst) != daemons;
             assert!(killed || args[0] == "refresh", "{output}");
             world.count(format!("command refused: {what}"));
         }
@@ -440,8 +449,8 @@ fn allocated(dir: &Path) -> u64 {
     total
 }
 
-/// Kills the daemon again and again and mounts anew; gives the last mount.
-fn killer(world: &World, mut random: Random) -> Mount {
+/// Kills the daemon again and again, every other time with its holder, and mounts anew then; gives the last mount.
+fn killer(world: &World, mut random: Random) -> Held {
     let mut mount = world.mount(&mut random);
     loop {
         for _ in 0..1 + random.below(10) {
@@ -452,12 +461,18 @@ fn killer(world: &World, mut random: Random) -> Mount {
         if world.is_over() {
             return mount;
         }
+        if random.below(2) == 0 {
+            mount.kill_daemon();
+            world.daemons.fetch_add(1, Ordering::SeqCst);
+            world.count("kills of the daemon");
+            continue;
+        }
         {
             let mut mounted = world.mounted.write().unwrap();
             mounted.1 += 1;
         }
         mount.kill();
-        world.count("kills");
+        world.count("kills of both");
         mount = world.mount(&mut random);
     }
 }
@@ -507,14 +522,11 @@ fn soak(span: Duration, seed: u64) {
             .status
             .success()
     };
-    let (root, mut mount) = (mount.root().to_owned(), mount);
+    let root = mount.root().to_owned();
     eventually(PATIENCE, "the mount is taken down", || {
         gone(&root).then_some(())
     });
-    let status = mount
-        .wait(PATIENCE)
-        .expect("the daemon ends with its mount");
-    assert!(status.success(), "{status}: {}", mount.log());
+    mount.assert_gone();
     drop(mount);
     let verified = run_command(
         ocifs(["cache", "verify", "--cache-dir"]).arg(world.cache.path()),
@@ -532,9 +544,11 @@ fn soak(span: Duration, seed: u64) {
     }
     let mib = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed) >> 20;
     println!(
-        "soak: survived {} kills and {} faults; {} operations read {} MiB, every byte right; {} were cut off by a kill; \
+        "soak: survived {} kills, {} of them of the daemon alone, and {} faults; {} operations read {} MiB, every byte right; \
+         {} were cut off by the end of a mount; \
          the cache took {} MiB of {} at most, the daemon {} MiB of memory",
         of("kills"),
+        of("kills of the daemon"),
         of("fault:"),
         of("done:"),
         mib(&world.bytes),

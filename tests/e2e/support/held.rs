@@ -19,6 +19,8 @@ use super::{PATIENCE, eventually};
 pub struct Held {
     point: PathBuf,
     holder: u32,
+    /// Where its socket and its log are.
+    runtime: PathBuf,
     /// The control socket and its inode's number: names are used again by other mounts.
     socket: (PathBuf, u64),
     _dir: TempDir,
@@ -32,10 +34,21 @@ impl Held {
 
     /// By a command that ends in `mount`.
     pub fn start_as<S: AsRef<OsStr>>(
+        command: Command,
+        cache: &Path,
+        flags: impl IntoIterator<Item = S>,
+    ) -> Self {
+        Self::start_in(Path::new("/run/ocifs"), command, cache, flags)
+    }
+
+    /// The same, with its socket and its log in `runtime`.
+    pub fn start_in<S: AsRef<OsStr>>(
+        runtime: &Path,
         mut command: Command,
         cache: &Path,
         flags: impl IntoIterator<Item = S>,
     ) -> Self {
+        command.env("OCIFS_RUNTIME_DIR", runtime);
         let dir = super::scratch("held");
         let point = dir.path().join("models");
         fs::create_dir(&point).unwrap();
@@ -43,7 +56,8 @@ impl Held {
         run_command(command.arg(&point), PATIENCE).ok();
         let mut held = Self {
             holder: 0,
-            socket: socket_of(&point),
+            socket: socket_of(runtime, &point),
+            runtime: runtime.to_owned(),
             point,
             _dir: dir,
         };
@@ -66,7 +80,7 @@ impl Held {
     /// What `ocifs status` tells.
     #[track_caller]
     pub fn status(&self) -> Value {
-        status_of(&self.point)
+        status_in(&self.runtime, &self.point)
     }
 
     /// What the daemon says its process is.
@@ -86,20 +100,41 @@ impl Held {
     /// Kills the daemon that runs now, as `kill -9` does, however far it is; its number.
     #[track_caller]
     pub fn kill_daemon(&self) -> u32 {
-        let children = format!("/proc/{0}/task/{0}/children", self.holder);
-        let daemon: u32 = eventually(PATIENCE, "the holder starts a daemon", || {
-            let children = fs::read_to_string(&children).expect("the holder runs");
-            // A dead one may not have gone yet; and between fork and exec a new one is a copy of the holder still.
-            children
-                .split_whitespace()
-                .filter_map(|pid| pid.parse().ok())
-                .find(|pid| {
-                    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                    line.starts_with(b"ocifs\0mount\0") && is_alive(*pid)
-                })
-        });
+        let started = || self.started();
+        let daemon = eventually(PATIENCE, "the holder starts a daemon", started);
         kill(daemon, Signal::KILL);
         daemon
+    }
+
+    /// The daemon that the holder has started, however far that one is.
+    fn started(&self) -> Option<u32> {
+        let children = format!("/proc/{0}/task/{0}/children", self.holder);
+        let children = fs::read_to_string(&children).expect("the holder runs");
+        // A dead one may not have gone yet; and between fork and exec a new one is a copy of the holder still.
+        children
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+            .find(|pid| {
+                let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                line.starts_with(b"ocifs\0mount\0") && is_alive(*pid)
+            })
+    }
+
+    /// Kills holder and daemon, and clears the dead mount away.
+    #[allow(dead_code, reason = "for the soak")]
+    pub fn kill(self) {
+        drop(self);
+    }
+
+    /// The memory of its own that the daemon has now, in bytes; nothing between two daemons.
+    #[allow(dead_code, reason = "for the soak")]
+    pub fn own_memory(&self) -> u64 {
+        let status = self.started().map(|pid| format!("/proc/{pid}/status"));
+        let status = status.and_then(|path| fs::read_to_string(path).ok());
+        let line = status.iter().flat_map(|status| status.lines());
+        let mut line = line.filter_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.next().and_then(|rest| rest.split_whitespace().next());
+        kib.map_or(0, |kib| kib.parse::<u64>().unwrap() * 1024)
     }
 
     pub fn umount(&self) -> Output {
@@ -122,7 +157,7 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let name = self.point.to_str().unwrap().trim_matches('/');
-        let path = format!("/run/ocifs/{}.log", name.replace('/', "-"));
+        let path = self.runtime.join(format!("{}.log", name.replace('/', "-")));
         if std::thread::panicking() {
             let log = fs::read_to_string(&path).unwrap_or_default();
             eprintln!("---- log of {} ----\n{log}\n----", self.point.display());
@@ -145,10 +180,17 @@ impl Drop for Held {
 /// What `ocifs status` tells of the mount there.
 #[track_caller]
 pub fn status_of(point: &Path) -> Value {
+    status_in(Path::new("/run/ocifs"), point)
+}
+
+#[track_caller]
+fn status_in(runtime: &Path, point: &Path) -> Value {
     let mut last = Value::Null;
     // One that is killed while it is asked does not answer.
     eventually(PATIENCE, "the daemon answers", || {
-        let said = run_command(ocifs(["status", "--json"]).arg(point), PATIENCE).ok();
+        let mut command = ocifs(["status", "--json"]);
+        command.arg(point).env("OCIFS_RUNTIME_DIR", runtime);
+        let said = run_command(&mut command, PATIENCE).ok();
         let mut status: Value = serde_json::from_str(&said).expect("--json prints JSON");
         last = status["mounts"][0].take();
         last["error"].is_null().then_some(())
@@ -162,7 +204,7 @@ pub fn number(value: &Value) -> u32 {
     number.unwrap_or_else(|| panic!("{value}"))
 }
 
-fn socket_of(point: &Path) -> (PathBuf, u64) {
+fn socket_of(runtime: &Path, point: &Path) -> (PathBuf, u64) {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let point = point.to_str().unwrap();
     let line = table
@@ -170,7 +212,7 @@ fn socket_of(point: &Path) -> (PathBuf, u64) {
         .rfind(|line| line.split(' ').nth(4) == Some(point))
         .expect("it is mounted");
     let device = line.split(' ').nth(2).unwrap().replace(':', "-");
-    let socket = PathBuf::from(format!("/run/ocifs/{device}.sock"));
+    let socket = runtime.join(format!("{device}.sock"));
     let inode = fs::symlink_metadata(&socket)
         .expect("the control socket")
         .ino();
