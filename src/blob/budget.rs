@@ -29,6 +29,8 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     used: u64,
+    /// Of what is used, what stays so for as long as some work takes.
+    standing: u64,
     most: u64,
     readers: VecDeque<Waiter>,
     others: VecDeque<Waiter>,
@@ -46,6 +48,10 @@ pub(super) struct Reservation {
     inner: Arc<Inner>,
     bytes: u64,
 }
+
+/// A [`Reservation`] that is kept for long: to the others it is as if there were so much less memory.
+#[derive(Debug)]
+pub(super) struct Standing(Reservation);
 
 impl Budget {
     pub(super) fn new(limit: u64) -> Self {
@@ -103,11 +109,13 @@ impl Budget {
 impl Inner {
     /// Takes `bytes` if they fit.
     fn take(&self, state: &mut State, bytes: u64, urgency: Urgency) -> bool {
+        let limit = self.limit.saturating_sub(state.standing);
         let limit = match urgency {
-            Urgency::Demand => self.limit,
-            Urgency::Window | Urgency::Fill => self.limit / 2,
+            Urgency::Demand => limit,
+            Urgency::Window | Urgency::Fill => limit / 2,
         };
-        let fits = state.used == 0 || state.used.saturating_add(bytes) <= limit;
+        let used = state.used - state.standing;
+        let fits = used == 0 || used.saturating_add(bytes) <= limit;
         if fits {
             state.used += bytes;
             state.most = state.most.max(state.used);
@@ -161,9 +169,21 @@ impl Reservation {
         self.bytes += std::mem::take(&mut other.bytes);
     }
 
+    /// Keeps it for long.
+    pub(super) fn stand(self) -> Standing {
+        lock(&self.inner.state).standing += self.bytes;
+        Standing(self)
+    }
+
     /// Bytes that it holds.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        lock(&self.0.inner.state).standing -= self.0.bytes;
     }
 }
 
@@ -213,6 +233,27 @@ mod tests {
         assert!(budget.try_reserve(1, Urgency::Fill).is_none());
         assert!(budget.try_reserve(50, Urgency::Demand).is_some());
         drop(ahead);
+    }
+
+    #[test]
+    fn what_stands_leaves_the_others_their_shares_of_the_rest() {
+        let budget = Budget::new(100);
+        let standing = budget.try_reserve(60, Urgency::Demand).unwrap().stand();
+        assert!(
+            budget.try_reserve(21, Urgency::Window).is_some(),
+            "it goes alone"
+        );
+        let ahead = budget.try_reserve(20, Urgency::Window).unwrap();
+        assert!(budget.try_reserve(1, Urgency::Fill).is_none());
+        let reader = budget.try_reserve(20, Urgency::Demand).unwrap();
+        assert!(budget.try_reserve(1, Urgency::Demand).is_none());
+        assert_eq!(budget.used(), (100, 100));
+        drop((ahead, reader));
+        // A read that is larger than the rest goes alone too.
+        let large = budget.try_reserve(90, Urgency::Demand).unwrap();
+        drop((standing, large));
+        assert!(budget.try_reserve(100, Urgency::Demand).is_some());
+        assert_eq!(budget.used().0, 0);
     }
 
     #[test]

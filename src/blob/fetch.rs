@@ -479,7 +479,7 @@ impl LazyBlob {
         let entry = hold.entry().filter(|_| allowed && !self.had_no_room());
         if let Some(entry) = entry {
             let bytes = IN_FLIGHT.min(range.len());
-            let room = self.shared.room(bytes, flight.urgency_now()).await;
+            let room = self.room_for(flight, bytes).await;
             match beside(range.len(), || entry.writer(range)) {
                 Ok(writer) => return Ok(sink(Target::Cache(writer), room, keep)),
                 Err(error) => {
@@ -505,6 +505,18 @@ impl LazyBlob {
             None => {
                 lock(&self.state).prefetcher.cut(range.start());
                 Err(self.no_room())
+            }
+        }
+    }
+
+    /// Memory to bring bytes: in the queue of readers from when one of them waits.
+    async fn room_for(&self, flight: &Flight, bytes: u64) -> Reservation {
+        tokio::select! {
+            biased;
+            room = self.shared.room(bytes, flight.urgency_now()) => room,
+            // Not until then: what a reader waits for would stay in the queue of what is fetched ahead, which may get nothing for long.
+            () = flight.boosted(), if !flight.is_boosted() => {
+                self.shared.room(bytes, Urgency::Demand).await
             }
         }
     }

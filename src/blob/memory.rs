@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::budget::Reservation;
+use super::budget::{Reservation, Standing};
 use super::flight::Urgency;
 use super::{Blobs, Shared};
 use crate::base::lock;
@@ -72,7 +72,22 @@ pub struct Memory {
     _room: Reservation,
 }
 
+/// Memory of the budget for work of a layer above that takes its time, until this is dropped.
+#[derive(Debug)]
+pub struct LastingMemory {
+    _room: Standing,
+}
+
 impl Blobs {
+    /// Memory for `bytes` bytes that work takes from its begin to its end, as urgent as a read. No more than half of the budget should be
+    /// asked for in all: what is left is for bytes under way, those that such work itself waits for among them.
+    pub async fn lasting_room(&self, bytes: u64) -> LastingMemory {
+        let room = self.shared.room(bytes, Urgency::Demand).await;
+        LastingMemory {
+            _room: room.stand(),
+        }
+    }
+
     /// Memory for `bytes` bytes that are kept in case somebody wants them, if it is to be had now.
     pub fn try_room(&self, bytes: u64) -> Option<Memory> {
         let room = self.shared.try_room(bytes, Urgency::Fill)?;

@@ -32,7 +32,7 @@ mod verify;
 
 pub use hashers::HashCost;
 pub use lazy::{Hold, LazyBlob};
-pub use memory::Memory;
+pub use memory::{LastingMemory, Memory};
 
 use budget::Budget;
 use hashers::Hashers;

@@ -689,6 +689,32 @@ async fn what_memory_dropped_is_fetched_again_in_whole_chunks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reader_does_not_wait_for_memory_behind_what_was_fetched_ahead_of_it() {
+    let bytes = content(16 * MIB);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = BlobConfig {
+        prefetch: Prefetch::Blob,
+        read_timeout: Duration::from_secs(5),
+        ..lazily()
+    };
+    let blobs = blobs(dir.path(), BIG, config);
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    // Something takes more than the half that is for it, for long.
+    let limit = blobs.config().memory;
+    let taken = blob
+        .shared
+        .try_room(limit / 2 + 1, flight::Urgency::Demand)
+        .unwrap();
+    for at in (0..bytes.len()).step_by(128 << 10) {
+        let range = ByteRange::at(at as u64, 128 << 10);
+        assert_eq!(blob.read(range).await.unwrap(), bytes[at..at + (128 << 10)]);
+    }
+    drop((hold, taken));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_stream_for_each_reader_is_enough_where_neither_ranges_nor_room_are_to_be_had() {
     let bytes = Arc::new(content(96 * MIB));
     let server = Server::start(bytes.to_vec(), Manner::NoRange).await;
