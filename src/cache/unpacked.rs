@@ -108,6 +108,16 @@ impl Cache {
         Some((became.digest, became.size))
     }
 
+    /// Takes note of what a layer's uncompressed form is, for [`Cache::unpacked_as`].
+    pub fn note_unpacked(&self, layer: &Digest, digest: &Digest, size: u64) {
+        let became = Became {
+            digest: *digest,
+            size,
+        };
+        let note = serde_json::to_vec(&became).unwrap_or_default();
+        self.set_note(NoteKind::Unpacked, layer, &note);
+    }
+
     /// Begins to make the uncompressed form of a layer, unless another process is at it.
     pub fn unpack(&self, layer: &Digest) -> Result<Unpacking, CacheError> {
         let path = self
@@ -203,12 +213,7 @@ impl Unpacker {
         })?;
         let dir = self.cache.layout().sealed_dir();
         sync_dir(&dir).map_err(CacheError::io("sync", &dir))?;
-        let became = Became {
-            digest: *digest,
-            size,
-        };
-        let note = serde_json::to_vec(&became).unwrap_or_default();
-        self.cache.set_note(NoteKind::Unpacked, &self.layer, &note);
+        self.cache.note_unpacked(&self.layer, digest, size);
         let entry = Entry::open_sealed(&self.cache, digest, size)?;
         entry.ok_or_else(|| CacheError::Absent {
             what: digest.to_string(),

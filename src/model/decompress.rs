@@ -1,5 +1,4 @@
-//! From the compressed bytes of a layer, as they come, to its uncompressed form in the cache: one blocking pass that hashes, bounds
-//! and writes.
+//! From the compressed bytes of a layer, as they come, to its uncompressed form: one blocking run that hashes, bounds and hands on.
 
 use std::io::{self, BufRead, Read};
 use std::sync::{Arc, Mutex};
@@ -11,32 +10,61 @@ use super::inflate::{Compression, is_bomb};
 use super::unpacked::{Progress, Unpacked};
 use crate::base::{ByteSize, Digest, Hasher, lock};
 use crate::blob::BlobError;
-use crate::cache::{Entry, Unpacker};
+use crate::cache::{CacheError, Entry, Unpacker};
 
-/// Uncompressed bytes that are written at a time.
+/// Uncompressed bytes that are handed on at a time.
 const STEP: usize = 1 << 20;
 
+/// Why a layer was not decompressed to its end.
+#[derive(Debug)]
+pub(super) enum Stopped {
+    /// It cannot be had, or is wrong.
+    Failed(BlobError),
+    /// The cache takes no more of it.
+    NotKept(CacheError),
+    /// Nobody wants it any more.
+    Left,
+}
+
 impl Unpacked {
-    /// Blocks on the disk and on what feeds it. Looks back no further than `window`.
+    /// Decompresses into the cache. Blocks on the disk and on what feeds it. Looks back no further than `window`.
     pub(super) fn decompress(
         &self,
         mut unpacker: Unpacker,
-        mut feed: Feed,
+        feed: Feed,
         window: u64,
         progress: &watch::Sender<Progress>,
-    ) -> Result<Entry, BlobError> {
+    ) -> Result<Entry, Stopped> {
+        let (uncompressed, _) = self.decompress_to(feed, window, &mut |bytes| {
+            unpacker.push(bytes).map_err(Stopped::NotKept)?;
+            progress.send_modify(|now| now.at += bytes.len() as u64);
+            Ok(())
+        })?;
+        unpacker.finish(&uncompressed).map_err(Stopped::NotKept)
+    }
+
+    /// Decompresses, and hands on what comes out. Digest and size of it when all of it came and was right.
+    pub(super) fn decompress_to(
+        &self,
+        mut feed: Feed,
+        window: u64,
+        take: &mut dyn FnMut(&[u8]) -> Result<(), Stopped>,
+    ) -> Result<(Digest, u64), Stopped> {
         let digest = self.blob.digest();
-        let bad = |reason: String| BlobError::Undecodable {
-            digest,
-            reason,
-            lasting: true,
+        let bad = |reason: String| {
+            Stopped::Failed(BlobError::Undecodable {
+                digest,
+                reason,
+                lasting: true,
+            })
         };
         let failed = Arc::clone(&feed.failed);
         // What the registry could not deliver is not the stream's fault.
         let cause = |error: io::Error| {
-            lock(&failed)
-                .take()
-                .unwrap_or_else(|| bad(format!("it cannot be decompressed: {error}")))
+            lock(&failed).take().map_or_else(
+                || bad(format!("it cannot be decompressed: {error}")),
+                Stopped::Failed,
+            )
         };
         // Where the digest of the uncompressed bytes is known, it decides; else that of the layer does.
         feed.hasher = self.diff_id.is_none().then(Hasher::new);
@@ -54,9 +82,6 @@ impl Unpacked {
                     break;
                 }
                 hasher.update(&buffer[..count]);
-                unpacker
-                    .push(&buffer[..count])
-                    .map_err(|error| self.undecodable(&error))?;
                 made += count as u64;
                 // The whole layer is the bound on what was taken: looser than what was, and not to be passed by a bomb.
                 if is_bomb(self.blob.size(), made) {
@@ -66,7 +91,7 @@ impl Unpacked {
                         ByteSize(self.blob.size())
                     )));
                 }
-                progress.send_modify(|now| now.at = made);
+                take(&buffer[..count])?;
             }
         }
         let compressed = feed.finish().map_err(&cause)?;
@@ -82,12 +107,10 @@ impl Unpacked {
             (None, Some(compressed)) => corrupt(digest, compressed),
             (None, None) => None,
         };
-        if let Some(error) = wrong {
-            return Err(error);
+        match wrong {
+            Some(error) => Err(Stopped::Failed(error)),
+            None => Ok((uncompressed, made)),
         }
-        unpacker
-            .finish(&uncompressed)
-            .map_err(|error| self.undecodable(&error))
     }
 }
 

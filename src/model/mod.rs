@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A file's bytes are a range of a lazy blob; of a layer that is compressed as a whole, a range of what it is decompressed to
-//! (`unpacked`, once, into the cache); of one that is compressed piece by piece, such pieces (`chunked`).
+//! (`unpacked`, once, into the cache; where that has no room, `passing`); of one that is compressed piece by piece, such pieces (`chunked`).
 //!
 //! What decides is pure and tested by itself: `manifest`, `convention`, `names`, `tar`, `toc`, `safetensors`, `shards`, `index`,
 //! `layout`, `overlay`, `links`, `bases`, `answers`. What acts is in `plan` and `weights` (in which order to read what, over the small trait of
@@ -52,6 +52,7 @@ mod models;
 mod names;
 mod notes;
 mod overlay;
+mod passing;
 mod plan;
 mod plans;
 mod safetensors;

@@ -4,7 +4,8 @@
 //! it is wanted. What comes out is a file of the cache that grows (`cache/unpacked.rs`); a read waits until the file has
 //! reached its end. When the stream has ended and the digest of what it holds (the config's `diff_id`, else that of the
 //! layer itself) is right, the file is sealed as a blob; when it is wrong, nothing of it is kept and reads fail.
-//! Memory is bounded by a few pieces and the decoder's window, the disk by the cache's limit, a bomb by its ratio.
+//! Memory is bounded by a few pieces and the decoder's window, the disk by the cache's limit, a bomb by its ratio. What the cache has
+//! no room for is decompressed for each reader and kept nowhere (`passing.rs`).
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -12,17 +13,21 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
+use tokio::task::JoinHandle;
 
-use super::decompress::Feed;
+use super::decompress::{Feed, Stopped};
 use super::fetch::on_disk;
 use super::inflate::{self, Claimed};
+use super::passing::Passing;
 use crate::base::{ByteRange, ByteSize, Deadline, Digest, lock};
-use crate::blob::{BlobError, Blobs, LazyBlob, Verified};
+use crate::blob::{BlobError, Blobs, LastingMemory, LazyBlob, Verified};
 use crate::cache::{CacheError, Entry, Growing, Unpacker, Unpacking};
 
-/// Compressed bytes that are read at a time, and how many such pieces wait for the decoder.
-const PIECE: u64 = 4 << 20;
+/// Compressed bytes that are read at a time: a part of `--memory`, and not too few; and how many such pieces wait for the decoder.
+const PIECE: u64 = 32;
+const LEAST_PIECE: u64 = 1 << 20;
+const MOST_PIECE: u64 = 4 << 20;
 const PIECES: usize = 2;
 /// A failure is what readers get for this long; then the layer is tried again.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -43,8 +48,8 @@ pub(super) struct UnpackedLayers {
     blobs: Blobs,
     table: Arc<Mutex<HashMap<Key, Weak<Unpacked>>>>,
     turns: Arc<Semaphore>,
-    /// What all that are decompressed at a time may take to look back, in MiB: as much as half of what ocifs may use for bytes under way,
-    /// and beside it. Out of that it would be held by who waits for more of it.
+    /// What all that are decompressed at a time may take, in MiB: half of what ocifs may use, of which it is a part. Bytes that come have
+    /// the other half.
     memory: Arc<Semaphore>,
 }
 
@@ -53,7 +58,7 @@ type Key = (Digest, Option<Digest>);
 /// The uncompressed form of one compressed layer.
 #[derive(Debug)]
 pub struct Unpacked {
-    blobs: Blobs,
+    pub(super) blobs: Blobs,
     pub(super) blob: Arc<LazyBlob>,
     turns: Arc<Semaphore>,
     memory: Arc<Semaphore>,
@@ -78,6 +83,8 @@ enum Place {
     Whole(Arc<Entry>),
     /// Those that came so far.
     Growing(Growing, watch::Receiver<Progress>),
+    /// Nowhere: they come anew for each reader.
+    Passing(Arc<Passing>),
 }
 
 /// How far it is.
@@ -140,6 +147,7 @@ impl Unpacked {
                 let at = progress.borrow().at;
                 range.intersect(ByteRange::new(0, at)).len()
             }
+            Some(Place::Passing(_)) => 0,
             None if self.is_here() => range.len(),
             None => 0,
         }
@@ -163,13 +171,14 @@ impl Unpacked {
         self.blobs.cache().unpacked(&self.blob.digest()).is_some()
     }
 
-    /// Makes it whole and verified; gives its size.
+    /// Makes it whole and verified, in the cache where that has room; gives its size.
     pub async fn complete(self: &Arc<Self>) -> Result<u64, BlobError> {
         let _hold = self.hold();
         loop {
             match self.place().await? {
                 Place::Whole(entry) => return Ok(entry.size()),
                 Place::Growing(_, mut progress) => self.wait(&mut progress, u64::MAX).await?,
+                Place::Passing(passing) => return self.pass_all(&passing).await,
             }
         }
     }
@@ -198,6 +207,7 @@ impl Unpacked {
                     };
                     self.wait(&mut progress, wanted).await?;
                 }
+                Place::Passing(passing) => return self.read_passing(&passing, range).await,
                 Place::Whole(entry) => {
                     damaged += 1;
                     if range.end() > entry.size() || damaged > 2 {
@@ -228,6 +238,8 @@ impl Unpacked {
                 }
                 growing.read(range).map(Some)
             }
+            Place::Passing(_) if self.blobs.config().strict => return None,
+            Place::Passing(passing) => return passing.try_read(range),
         };
         read.unwrap_or_else(|error| {
             tracing::warn!(digest = %self.blob.digest(), %error, "an unpacked layer cannot be read");
@@ -274,6 +286,8 @@ impl Unpacked {
                 {
                     state.place = None;
                 }
+                // Readers may have closed what took the room.
+                Some(Place::Passing(passing)) if passing.is_over() => state.place = None,
                 Some(place) => return Ok(place.clone()),
                 None => {}
             }
@@ -320,7 +334,7 @@ impl Unpacked {
                 };
                 Place::Growing(growing, receiver)
             }
-            Some(Err(error)) => return Err(self.undecodable(&error)),
+            Some(Err(error)) => self.pass_by(&error),
             None => {
                 return Err(BlobError::Undecodable {
                     digest,
@@ -352,34 +366,17 @@ impl Unpacked {
 
     /// Decompresses the layer.
     async fn make(self: Arc<Self>, unpacker: Unpacker, progress: watch::Sender<Progress>) {
-        let _turn = patiently(&progress, self.turns.acquire()).await;
         let _hold = self.blob.hold();
         let window = match self.window().await {
             Ok(window) => window,
             Err(error) => {
-                self.ended(Err(error));
+                self.ended(Err(Stopped::Failed(error)));
                 progress.send_modify(|now| now.ended = true);
                 return;
             }
         };
-        let room = (window + BUFFERS).min(self.blobs.config().memory / 2);
-        let share = u32::try_from(room >> 20).unwrap_or(u32::MAX);
-        let _share = patiently(&progress, self.memory.acquire_many(share)).await;
-        let (pieces, source) = mpsc::channel(PIECES);
-        let blob = Arc::clone(&self.blob);
-        let feeding = tokio::spawn(async move {
-            let mut at = 0;
-            while at < blob.size() {
-                let range = ByteRange::at(at, PIECE).intersect(ByteRange::new(0, blob.size()));
-                let piece = blob.read(range).await;
-                let failed = piece.is_err();
-                // Nobody takes it any more: the stream was found bad.
-                if pieces.send(piece).await.is_err() || failed {
-                    return;
-                }
-                at = range.end();
-            }
-        });
+        let _turn = self.turn(window, || progress.send_modify(|_| {})).await;
+        let (source, feeding) = self.feed(PIECES);
         let layer = Arc::clone(&self);
         let started = Instant::now();
         let told = progress.clone();
@@ -391,19 +388,54 @@ impl Unpacked {
                 tracing::info!(digest = %self.blob.digest(), bytes = entry.size(), seconds = started.elapsed().as_secs_f64(), "unpacked a layer");
                 Ok(entry)
             }
-            Some(Err(error)) => Err(error),
-            None => Err(BlobError::Undecodable {
+            Some(Err(stopped)) => Err(stopped),
+            None => Err(Stopped::Failed(BlobError::Undecodable {
                 digest: self.blob.digest(),
                 reason: "ocifs failed to unpack it; see the log".into(),
                 lasting: false,
-            }),
+            })),
         };
         self.ended(ended);
         progress.send_modify(|now| now.ended = true);
     }
 
+    /// Waits for its turn to decompress, and for memory: `room` bytes beside a few buffers. Calls `tell` now and then meanwhile.
+    pub(super) async fn turn(&self, room: u64, tell: impl Fn()) -> Turn<'_> {
+        let turn = patiently(&tell, self.turns.acquire()).await.ok();
+        let room = (room + BUFFERS).min(self.blobs.config().memory / 2);
+        let share = u32::try_from(room >> 20).unwrap_or(u32::MAX);
+        let share = patiently(&tell, self.memory.acquire_many(share)).await.ok();
+        let memory = patiently(&tell, self.blobs.lasting_room(room)).await;
+        Turn {
+            _turn: turn,
+            _share: share,
+            _memory: memory,
+        }
+    }
+
+    /// Has the compressed bytes come, no more than so many pieces ahead of whoever takes them.
+    pub(super) fn feed(&self, pieces: usize) -> (Pieces, JoinHandle<()>) {
+        let (sender, source) = mpsc::channel(pieces);
+        let blob = Arc::clone(&self.blob);
+        let piece = (self.blobs.config().memory / PIECE).clamp(LEAST_PIECE, MOST_PIECE);
+        let feeding = tokio::spawn(async move {
+            let mut at = 0;
+            while at < blob.size() {
+                let range = ByteRange::at(at, piece).intersect(ByteRange::new(0, blob.size()));
+                let piece = blob.read(range).await;
+                let failed = piece.is_err();
+                // Nobody takes it any more: the stream was found bad.
+                if sender.send(piece).await.is_err() || failed {
+                    return;
+                }
+                at = range.end();
+            }
+        });
+        (source, feeding)
+    }
+
     /// How far back decompressing it looks: what memory it takes beside a few buffers.
-    async fn window(&self) -> Result<u64, BlobError> {
+    pub(super) async fn window(&self) -> Result<u64, BlobError> {
         let config = self.blobs.config();
         let start = ByteRange::new(0, Claimed::START.min(self.blob.size()));
         let deadline = Deadline::after(config.read_timeout);
@@ -424,45 +456,58 @@ impl Unpacked {
     }
 
     /// It was made, or not.
-    fn ended(&self, made: Result<Entry, BlobError>) {
-        let mut state = lock(&self.state);
-        state.place = None;
+    fn ended(&self, made: Result<Entry, Stopped>) {
         match made {
-            Ok(entry) if state.holds > 0 => state.place = Some(Place::Whole(Arc::new(entry))),
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "a compressed layer cannot be unpacked");
-                state.failed = Some((Instant::now(), error));
+            Ok(entry) => {
+                let mut state = lock(&self.state);
+                let place = Place::Whole(Arc::new(entry));
+                state.place = (state.holds > 0).then_some(place);
             }
+            Err(Stopped::NotKept(error)) => {
+                let place = self.pass_by(&error);
+                lock(&self.state).place = Some(place);
+            }
+            Err(Stopped::Failed(error)) => self.came_wrong(&error),
+            Err(Stopped::Left) => lock(&self.state).place = None,
         }
     }
 
-    pub(super) fn undecodable(&self, error: &CacheError) -> BlobError {
-        let reason = match error {
-            CacheError::Full { .. } => {
-                "the cache has no room for what it holds; see --cache-size".to_owned()
-            }
-            error => {
-                let source = std::error::Error::source(error);
-                let source = source.map_or_else(String::new, |source| format!(": {source}"));
-                format!("{error}{source}")
-            }
-        };
-        BlobError::Undecodable {
-            digest: self.blob.digest(),
-            reason,
-            lasting: false,
-        }
+    /// It cannot be had; for those who ask again too.
+    pub(super) fn came_wrong(&self, error: &BlobError) {
+        tracing::warn!(%error, "a compressed layer cannot be unpacked");
+        let mut state = lock(&self.state);
+        state.place = None;
+        state.failed = Some((Instant::now(), error.clone()));
+    }
+
+    /// The cache does not keep it.
+    fn pass_by(&self, error: &CacheError) -> Place {
+        self.blobs.cache().failed(error);
+        tracing::warn!(
+            digest = %self.blob.digest(), %error,
+            "what a compressed layer holds is not kept: it is decompressed anew for each reader that does not go from front to back; see --cache-size"
+        );
+        Place::Passing(Passing::new())
     }
 }
 
+/// The right to decompress, and the memory for it.
+#[derive(Debug)]
+pub(super) struct Turn<'a> {
+    _turn: Option<SemaphorePermit<'a>>,
+    _share: Option<SemaphorePermit<'a>>,
+    _memory: LastingMemory,
+}
+
+type Pieces = mpsc::Receiver<Result<Bytes, BlobError>>;
+
 /// Waits for something, and tells those who wait for the layer that there is hope.
-async fn patiently<T>(progress: &watch::Sender<Progress>, what: impl Future<Output = T>) -> T {
+async fn patiently<T>(tell: &impl Fn(), what: impl Future<Output = T>) -> T {
     let mut what = std::pin::pin!(what);
     loop {
         match tokio::time::timeout(TELL_EVERY, what.as_mut()).await {
             Ok(done) => return done,
-            Err(_) => progress.send_modify(|_| {}),
+            Err(_) => tell(),
         }
     }
 }

@@ -271,6 +271,7 @@ fn a_bomb_and_what_does_not_fit_are_refused_with_a_reason() {
     assert!(said.contains("which no model has"), "{said}");
     assert_eq!(unpacked_files(cache.path()), 0);
 
+    // What is not kept cannot be checked before it is read.
     let content = Content::new(4);
     content.write(&dir.path().join("w.bin"), 80_000_000);
     let large = archive(dir.path(), &["w.bin"], Some("gzip"));
@@ -279,9 +280,91 @@ fn a_bomb_and_what_does_not_fit_are_refused_with_a_reason() {
         .publish(&registry, "org/large:v1")
         .reference;
     let small = scratch("cache");
-    let said = inspect(small.path(), &shown, &["--cache-size", "100MB"]).failed();
-    assert!(said.contains("--cache-size"), "{said}");
+    let flags = ["--cache-size", "100MB", "--verify", "strict"];
+    let mount = Mount::start(small.path(), flags);
+    let error = mount.try_read(&format!("{shown}/w.bin")).unwrap_err();
+    let log = mount.log();
+    assert!(log.contains("--cache-size"), "{error}: {log}");
     assert_eq!(unpacked_files(small.path()), 0);
+}
+
+/// Bytes of it are decompressed for each reader and go by; the limit holds, and so does the digest.
+#[test]
+fn a_layer_that_the_cache_has_no_room_for_is_read_all_the_same() {
+    let registry = Registry::open();
+    let dir = scratch("source");
+    let (large, small) = (Content::new(41), Content::new(42));
+    const LARGE: usize = 90_000_000;
+    large.write(&dir.path().join("a.bin"), LARGE as u64);
+    small.write(&dir.path().join("b.bin"), 3_000_000);
+    for (program, media_type) in [("gzip", GZIP), ("zstd", ZSTD)] {
+        let layer = Layer::bytes(
+            media_type,
+            archive(dir.path(), &["a.bin", "b.bin"], Some(program)),
+        );
+        let shown = Artifact::modelpack("cncf")
+            .layer(layer)
+            .publish(&registry, &format!("org/{program}:v1"))
+            .reference;
+        let cache = scratch("cache");
+        let flags = [
+            "--cache-size",
+            "64MiB",
+            "--memory",
+            "64MB",
+            "--prefetch",
+            "none",
+        ];
+        let mount = Mount::start(cache.path(), flags);
+        assert_eq!(mount.list(&shown), [".oci", "a.bin", "b.bin"]);
+        let path = format!("{shown}/a.bin");
+        assert!(mount.read(&path) == large.bytes(0, LARGE), "{program}");
+        assert!(mount.read(&format!("{shown}/b.bin")) == small.bytes(0, 3_000_000));
+        assert_eq!(
+            mount.xattr(&path, "user.ocifs.verified").as_deref(),
+            Some("false")
+        );
+        // Several at a time, in order and not.
+        std::thread::scope(|scope| {
+            for reader in 0..3 {
+                let (mount, path, large) = (&mount, &path, &large);
+                scope.spawn(move || {
+                    for at in [70_000_000, 20_000_000, 75_000_000, 1_000] {
+                        let at = at + reader * 1_000_003;
+                        let found = mount.read_at(path, at, 300_000);
+                        assert!(found == large.bytes(at, 300_000), "{program}: {at}");
+                    }
+                });
+            }
+        });
+        let left: u64 = walk(cache.path());
+        assert!(left <= 76_000_000, "{left}");
+        assert!(mount.log().contains("not kept"), "{}", mount.log());
+        let memory = mount.own_memory();
+        assert!(memory < 128 << 20, "{memory}");
+        mount.unmount();
+        // What it holds is remembered.
+        let mount = Mount::start(cache.path(), flags);
+        let found = mount.read_at(&format!("{shown}/b.bin"), 5, 1000);
+        assert!(found == small.bytes(5, 1000));
+        mount.unmount();
+    }
+}
+
+/// Bytes that a directory takes.
+fn walk(dir: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = fs::read_dir(dir).unwrap().flatten();
+    let each = entries.map(|entry| {
+        let found = entry.metadata().unwrap();
+        found.blocks() * 512
+            + if found.is_dir() {
+                walk(&entry.path())
+            } else {
+                0
+            }
+    });
+    each.sum()
 }
 
 #[test]
