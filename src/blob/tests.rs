@@ -715,6 +715,40 @@ async fn a_reader_does_not_wait_for_memory_behind_what_was_fetched_ahead_of_it()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn readers_of_a_blob_that_streams_through_share_what_comes() {
+    let bytes = Arc::new(content(128 * MIB));
+    let server = Server::start(bytes.to_vec(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = BlobConfig {
+        prefetch: Prefetch::Model,
+        memory: 64 << 20,
+        ..lazily()
+    };
+    let blobs = blobs(dir.path(), 4 * MIB as u64, config);
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let hold = blob.hold();
+    // One of them is slower than the others, and comes a little late.
+    let readers = (0..4_u64).map(|number| {
+        let (blob, bytes) = (Arc::clone(&blob), Arc::clone(&bytes));
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(20 * number)).await;
+            for at in (0..bytes.len()).step_by(512 << 10) {
+                let range = ByteRange::at(at as u64, 512 << 10);
+                assert_eq!(blob.read(range).await.unwrap(), bytes[at..at + (512 << 10)]);
+                tokio::time::sleep(Duration::from_millis(number)).await;
+            }
+        })
+    });
+    for reader in readers.collect::<Vec<_>>() {
+        reader.await.unwrap();
+    }
+    let times = server.sent() as f64 / bytes.len() as f64;
+    println!("{times:.3} times its size for 4 readers");
+    assert!(times < 1.1, "{times}");
+    drop(hold);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_stream_for_each_reader_is_enough_where_neither_ranges_nor_room_are_to_be_had() {
     let bytes = Arc::new(content(96 * MIB));
     let server = Server::start(bytes.to_vec(), Manner::NoRange).await;
