@@ -4,14 +4,15 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Instant;
 
-use crate::machine::{children_processor, own_processor};
-use crate::models::Model;
-use crate::mount::{self, Mount};
+use crate::Bench;
+use crate::common::machine::{children_processor, own_processor};
+use crate::common::models::Model;
+use crate::common::mount::{self, Mount};
+use crate::common::servers::{Place, Server, Traffic};
+use crate::common::table::{Bar, Table, Unit};
+use crate::common::{curl, in_turn, installed};
 use crate::peers::{self, Peer};
 use crate::readers::{Read, WAYS};
-use crate::servers::{Place, Server, Traffic};
-use crate::table::{Bar, Table, Unit};
-use crate::{Bench, in_turn};
 
 /// One cold read through a mount.
 #[derive(Clone, Copy, Debug)]
@@ -153,8 +154,8 @@ pub(crate) fn loopback(bench: &Bench, table: &mut Table) {
         &[Contestant::OldLoader],
     );
     let rclone = [Contestant::Rclone("off"), Contestant::Rclone("full")];
-    add("rclone", peers::installed("rclone"), &rclone);
-    let nbd = peers::installed("nbdkit") && peers::installed("nbdfuse");
+    add("rclone", installed("rclone"), &rclone);
+    let nbd = installed("nbdkit") && installed("nbdfuse");
     add("nbdkit or nbdfuse", nbd, &[Contestant::Nbdfuse]);
     let server = bench.serve(bench.single(), Place::Loopback);
     rounds(bench, table, "cold", Place::Loopback, &server, &contestants);
@@ -207,7 +208,7 @@ fn rounds(
             bench.settle();
             let before = children_processor() + own_processor();
             let seconds = match contestant {
-                Contestant::Curl => peers::curl(server, model, dir),
+                Contestant::Curl => curl(server, model, dir),
                 Contestant::OldLoader => {
                     peers::old_loader(&peers::python().unwrap(), server, model, dir)
                 }

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use crate::models::Model;
-use crate::mount::{self, Mount};
+use crate::Bench;
+use crate::common::models::Model;
+use crate::common::mount::{self, Mount};
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit};
+use crate::common::{curl, in_turn};
 use crate::peers;
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit};
-use crate::{Bench, in_turn};
 
 /// Maps each shard and copies each tensor out, as loading to a device does; the clock starts after the imports.
 const LOAD: &str = "
@@ -53,7 +54,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
         for turn in in_turn(round, &[Turn::Download, Turn::Warm, Turn::Cold]) {
             bench.settle();
             match turn {
-                Turn::Download => download = peers::curl(&server, &model, dir),
+                Turn::Download => download = curl(&server, &model, dir),
                 Turn::Warm => warm = load(&model.plain()),
                 Turn::Cold => {
                     mount::forget(dir);

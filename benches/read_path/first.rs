@@ -4,13 +4,13 @@ use std::fs::File;
 use std::time::Duration;
 
 use crate::Bench;
-use crate::models::Model;
-use crate::mount::{self, Mount};
+use crate::common::models::Model;
+use crate::common::mount::{self, Mount};
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit, median};
+use crate::common::{either_first, seconds};
 use crate::peers::curl_range;
-use crate::readers::{ranges, seconds};
-use crate::sealed::either_first;
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit, median};
+use crate::readers::ranges;
 
 /// Bytes that are wanted first.
 const LENGTH: u64 = 64 << 10;

@@ -37,41 +37,30 @@
 )]
 
 mod cold;
+#[path = "../common/mod.rs"]
+mod common;
 mod engine;
 mod first;
 mod http;
-mod machine;
 mod memory;
 mod metadata;
-mod models;
-mod mount;
-mod options;
 mod peers;
 mod readers;
 mod sealed;
-mod servers;
 mod shared;
 mod sparse;
-mod table;
 mod tars;
 
 use std::cell::OnceCell;
-use std::fs::{self, File};
-use std::panic::AssertUnwindSafe;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
-use models::Model;
-use options::Options;
-use rustix::fs::{FlockOperation, flock};
-use servers::{Place, Server};
-use table::Table;
+use common::models::Model;
+use common::options::Options;
+use common::servers::{Place, Server};
+use common::{Group, Plan, machine};
 
-/// A group of rows: its name, what it is about, and what measures it.
-type Group = (&'static str, &'static str, fn(&Bench, &mut Table));
-
-const GROUPS: [Group; 11] = [
+const GROUPS: [Group<Bench>; 11] = [
     (
         "cold",
         "first read of a blob, nginx on loopback, and the peers",
@@ -152,8 +141,7 @@ impl Bench {
 
     /// The rounds of a group, told on stderr as they begin.
     fn rounds(&self, group: &'static str) -> impl Iterator<Item = usize> + use<> {
-        let rounds = self.options.rounds;
-        (1..=rounds).inspect(move |round| eprintln!("{group}: round {round} of {rounds}"))
+        self.options.turns(group)
     }
 
     /// Lets the machine come to rest before somebody's turn.
@@ -162,104 +150,27 @@ impl Bench {
     }
 }
 
-/// The directory of models, caches and outputs, for one run at a time. It is emptied at the end, and before the next begin if a run
-/// was killed.
-struct Workplace {
-    dir: PathBuf,
-    _lock: File,
-}
-
-impl Workplace {
-    fn take() -> Option<Self> {
-        let below = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let lock = File::create(below.join("read_path.lock")).unwrap();
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).ok()?;
-        let dir = below.join("read_path");
-        for point in ["models", "peer"] {
-            let mut umount = Command::new("umount");
-            umount.arg("-l").arg(dir.join(point)).stderr(Stdio::null());
-            let _ = umount.status();
-        }
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).unwrap();
-        Some(Self { dir, _lock: lock })
-    }
-}
-
-impl Drop for Workplace {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// The contestants of a round in their order: in the opposite one in every other round.
-fn in_turn<T: Clone>(round: usize, contestants: &[T]) -> Vec<T> {
-    let mut order = contestants.to_vec();
-    if round.is_multiple_of(2) {
-        order.reverse();
-    }
-    order
-}
+/// What is measured beside ocifs, and what asks each for its version.
+const PROGRAMS: [(&str, &str); 4] = [
+    ("nginx", "-v"),
+    ("curl", "--version"),
+    ("rclone", "version"),
+    ("nbdkit", "--version"),
+];
 
 fn main() -> ExitCode {
     if readers::is_reader_process() {
         return ExitCode::SUCCESS;
     }
-    let known: Vec<(&str, &str)> = GROUPS
-        .iter()
-        .map(|(name, about, _)| (*name, *about))
-        .collect();
-    let options = match Options::parse(std::env::args().skip(1), &known) {
-        Ok(options) => options,
-        Err(text) => {
-            eprintln!("{text}");
-            return ExitCode::from(2);
-        }
+    let plan = Plan {
+        name: "read_path",
+        programs: &PROGRAMS,
+        groups: &GROUPS,
+        places: "bytes from",
     };
-    if !rustix::process::geteuid().is_root() {
-        eprintln!(
-            "the benchmark mounts, makes network namespaces and empties caches: it needs root"
-        );
-        return ExitCode::from(2);
-    }
-    let Some(workplace) = Workplace::take() else {
-        eprintln!("another run of the benchmark is under way");
-        return ExitCode::FAILURE;
-    };
-    machine::print_header(&workplace.dir, &options);
-    let bench = Bench {
+    common::run(&plan, |options, dir| Bench {
         options,
-        dir: workplace.dir.clone(),
+        dir: dir.to_owned(),
         single: OnceCell::new(),
-    };
-    let start = Instant::now();
-    let mut table = Table::default();
-    let mut broken = false;
-    for (name, _, measure) in GROUPS {
-        if !bench.options.wants(name) {
-            continue;
-        }
-        // What the other groups have measured is worth printing all the same.
-        let begin = Instant::now();
-        let job = AssertUnwindSafe(|| measure(&bench, &mut table));
-        if std::panic::catch_unwind(job).is_err() {
-            table.leave_out(
-                &format!("group {name}"),
-                "broke off; the reason is on stderr",
-            );
-            broken = true;
-        }
-        eprintln!("{name}: {:.0} s", begin.elapsed().as_secs_f64());
-    }
-    if bench.options.markdown {
-        table.print_markdown();
-    } else {
-        table.print();
-    }
-    println!("{:.0} s in all", start.elapsed().as_secs_f64());
-    if broken {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    }
+    })
 }

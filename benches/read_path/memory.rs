@@ -3,11 +3,12 @@
 use std::fs::File;
 
 use crate::Bench;
-use crate::models::Model;
-use crate::mount::{self, Mount};
-use crate::readers::{seconds, sequential};
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit};
+use crate::common::models::Model;
+use crate::common::mount::{self, Mount};
+use crate::common::seconds;
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit};
+use crate::readers::sequential;
 
 const BLOBS: usize = 16;
 const READERS_OF_EACH: usize = 4;

@@ -4,12 +4,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::Bench;
-use crate::models::Model;
-use crate::mount::{self, Mount};
-use crate::readers::seconds;
-use crate::sealed::either_first;
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit};
+use crate::common::models::Model;
+use crate::common::mount::{self, Mount};
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit};
+use crate::common::{either_first, seconds};
 
 const FILES: usize = 10_000;
 

@@ -6,57 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::models::Model;
+use crate::common::models::Model;
+use crate::common::servers::{Server, run};
+use crate::common::{environment, seconds};
 use crate::readers;
-use crate::servers::{Server, run};
-
-/// Whether a program can be started.
-pub(crate) fn installed(program: &str) -> bool {
-    let mut command = Command::new(program);
-    command.arg("--version").stdin(Stdio::null());
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    command.status().is_ok()
-}
-
-/// Seconds that four curls take for all of a model, to files: a quarter of the only blob each, or whole blobs in turn.
-pub(crate) fn curl(server: &Server, model: &Model, dir: &Path) -> f64 {
-    const PARTS: usize = 4;
-    let mut commands = Vec::new();
-    for part in 0..PARTS {
-        let mut command = Command::new("curl");
-        command.arg("-sf");
-        if let [blob] = &model.blobs[..] {
-            let (part, parts) = (part as u64, PARTS as u64);
-            let (first, end) = (blob.size * part / parts, blob.size * (part + 1) / parts);
-            command.args(["-r", &format!("{first}-{}", end - 1)]);
-        }
-        let mut blobs: Vec<_> = model.blobs.iter().skip(part).step_by(PARTS).collect();
-        if model.blobs.len() == 1 {
-            blobs = vec![&model.blobs[0]];
-        }
-        for (at, blob) in blobs.into_iter().enumerate() {
-            command.arg("-o").arg(dir.join(format!("curl-{part}-{at}")));
-            command.arg(format!("http://{}{}", server.address, model.path(blob)));
-        }
-        commands.push(command);
-    }
-    let seconds = readers::seconds(|| {
-        let start = |command: &mut Command| command.spawn().expect("curl is installed");
-        let children: Vec<Child> = commands.iter_mut().map(start).collect();
-        for mut child in children {
-            assert!(child.wait().unwrap().success());
-        }
-    });
-    let mut size = 0;
-    for entry in fs::read_dir(dir).unwrap().flatten() {
-        if entry.file_name().to_string_lossy().starts_with("curl-") {
-            size += entry.metadata().unwrap().len();
-            fs::remove_file(entry.path()).unwrap();
-        }
-    }
-    assert_eq!(size, model.size());
-    seconds
-}
 
 /// Seconds from the begin of a fresh connection to the last of the first `length` bytes, by curl's own clock: its start does not count.
 pub(crate) fn curl_range(url: &str, length: u64) -> f64 {
@@ -68,10 +21,7 @@ pub(crate) fn curl_range(url: &str, length: u64) -> f64 {
 
 /// The Python of `tests/setup.sh`.
 pub(crate) fn python() -> Option<PathBuf> {
-    let home = std::env::var_os("HOME").map_or_else(|| PathBuf::from("/root"), PathBuf::from);
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), Into::into);
-    let tests =
-        std::env::var_os("OCIFS_TEST_ENV").map_or_else(|| cache.join("ocifs-tests"), PathBuf::from);
+    let tests = environment("OCIFS_TEST_ENV", "ocifs-tests");
     Some(tests.join("venv/bin/python3")).filter(|python| python.exists())
 }
 
@@ -159,7 +109,7 @@ impl Peer {
 
     /// Opens a file, reads it from front to back and checks that all of it came; in seconds.
     pub(crate) fn read(&self, name: &str, size: u64) -> f64 {
-        readers::seconds(|| {
+        seconds(|| {
             let file = File::open(self.point.join(name)).unwrap();
             assert_eq!(readers::sequential(&file), size);
         })

@@ -1,5 +1,6 @@
 //! How files are read, the same for every contestant.
 
+use crate::common::seconds;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -99,13 +100,6 @@ pub(crate) fn ranges(file: &File, places: &[(u64, u64)]) -> u64 {
             .unwrap();
     }
     places.iter().map(|(_, length)| length).sum()
-}
-
-/// Seconds that something takes.
-pub(crate) fn seconds<T>(job: impl FnOnce() -> T) -> f64 {
-    let start = Instant::now();
-    std::hint::black_box(job());
-    start.elapsed().as_secs_f64()
 }
 
 /// The first argument that makes this program a reader process.

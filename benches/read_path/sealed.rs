@@ -4,11 +4,12 @@ use std::fs::File;
 use std::path::Path;
 
 use crate::Bench;
-use crate::models::{Blob, Model};
-use crate::mount::{self, Mount};
-use crate::readers::{self, mapped, places, ranges, seconds, sequential};
-use crate::servers::{Place, Server};
-use crate::table::{Bar, Table, Unit};
+use crate::common::models::{Blob, Model};
+use crate::common::mount::{self, Mount};
+use crate::common::servers::{Place, Server};
+use crate::common::table::{Bar, Table, Unit};
+use crate::common::{either_first, seconds};
+use crate::readers::{self, mapped, places, ranges, sequential};
 
 /// A way to read a file.
 trait Read: Fn(&File) -> u64 {}
@@ -102,20 +103,5 @@ fn through_the_daemon(server: &Server, model: &Model, blob: &Blob, dir: &Path, t
         let mib = replied / f64::from(1 << 20);
         table.add_with_bar(Unit::PulledMib, "daemon", &what, Bar::at_most(0.1), mib);
         mount.stop();
-    }
-}
-
-/// Both, the first first in every other turn.
-pub(crate) fn either_first(
-    turn: usize,
-    one: impl Fn() -> f64,
-    other: impl Fn() -> f64,
-) -> (f64, f64) {
-    if turn.is_multiple_of(2) {
-        let first = one();
-        (first, other())
-    } else {
-        let second = other();
-        (one(), second)
     }
 }

@@ -1,10 +1,11 @@
 //! Several processes that map the same cold blob over the limited link, as the ranks of a tensor-parallel engine do.
 
-use crate::mount::{self, Mount};
+use crate::Bench;
+use crate::common::in_turn;
+use crate::common::mount::{self, Mount};
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit};
 use crate::readers::processes;
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit};
-use crate::{Bench, in_turn};
 
 const RANKS: usize = 8;
 

@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use crate::mount::{self, Mount};
-use crate::readers::{places, ranges, seconds};
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit};
-use crate::{Bench, http, in_turn};
+use crate::common::mount::{self, Mount};
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit};
+use crate::common::{in_turn, seconds};
+use crate::readers::{places, ranges};
+use crate::{Bench, http};
 
 /// How an engine that looks at a few tensors is set up: the row's name, the flags, and the bar for pulled ÷ wanted.
 const MODES: [(&str, &[&str], f64); 2] = [

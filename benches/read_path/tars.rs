@@ -3,15 +3,14 @@
 
 use std::fs::File;
 
+use crate::Bench;
 use crate::cold::Cold;
-use crate::models::Model;
-use crate::mount::{self, Mount};
-use crate::peers;
-use crate::readers::{WAYS, seconds};
-use crate::sealed::either_first;
-use crate::servers::Place;
-use crate::table::{Bar, Table, Unit};
-use crate::{Bench, in_turn};
+use crate::common::models::Model;
+use crate::common::mount::{self, Mount};
+use crate::common::servers::Place;
+use crate::common::table::{Bar, Table, Unit};
+use crate::common::{curl, either_first, in_turn, seconds};
+use crate::readers::WAYS;
 
 const NAME: &str = "model.safetensors";
 const TURNS: usize = 5;
@@ -31,7 +30,7 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
                 cold.add_costs(table, place, "in a tar, cold read()", size, [Bar::NONE; 2]);
                 ours = cold.last_byte;
             } else {
-                wire = peers::curl(&server, &model, dir);
+                wire = curl(&server, &model, dir);
                 table.add(Unit::Seconds, place, "the tar, curl x4 to files", wire);
             }
         }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::machine::{self, Watch};
-use crate::models::{Blob, Model};
-use crate::servers::{Server, run};
+use super::machine::{self, Watch};
+use super::models::{Blob, Model};
+use super::servers::{Server, run};
 
 /// For a mount to come up.
 const START: Duration = Duration::from_secs(30);

@@ -9,17 +9,25 @@ pub(crate) struct Bar {
     aim: Option<f64>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Limit {
     AtLeast(f64),
     AtMost(f64),
     Nothing,
+    /// Nothing, and yet a figure for the README.
+    Shown,
 }
 
 impl Bar {
     /// A figure to know, without a promise.
     pub(crate) const NONE: Self = Self {
         limit: Limit::Nothing,
+        aim: None,
+    };
+
+    /// A figure without a promise that the README shows beside those with one.
+    pub(crate) const SHOWN: Self = Self {
+        limit: Limit::Shown,
         aim: None,
     };
 
@@ -51,10 +59,10 @@ impl Bar {
         let reaches = |bar: f64| match self.limit {
             Limit::AtLeast(_) => shown >= bar,
             Limit::AtMost(_) => shown <= bar,
-            Limit::Nothing => true,
+            Limit::Nothing | Limit::Shown => true,
         };
         match self.limit {
-            Limit::Nothing => "",
+            Limit::Nothing | Limit::Shown => "",
             Limit::AtLeast(bar) | Limit::AtMost(bar) if !reaches(bar) => "MISSED",
             _ if self.aim.is_some_and(|aim| !reaches(aim)) => "met, short of the aim",
             _ => "met",
@@ -67,7 +75,7 @@ impl fmt::Display for Bar {
         let mut text = match self.limit {
             Limit::AtLeast(bar) => format!("≥ {bar:.2}"),
             Limit::AtMost(bar) => format!("≤ {bar:.2}"),
-            Limit::Nothing => String::new(),
+            Limit::Nothing | Limit::Shown => String::new(),
         };
         if let Some(aim) = self.aim {
             text += &format!(" (aim {aim:.2})");
@@ -86,10 +94,11 @@ pub(crate) enum Unit {
     AnonymousMib,
     Seconds,
     Milliseconds,
+    TokensPerSecond,
 }
 
 impl Unit {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Ratio,
         Self::CoreSecondsPerGb,
         Self::Requests,
@@ -97,6 +106,7 @@ impl Unit {
         Self::AnonymousMib,
         Self::Seconds,
         Self::Milliseconds,
+        Self::TokensPerSecond,
     ];
 
     fn title(self) -> &'static str {
@@ -108,6 +118,7 @@ impl Unit {
             Self::AnonymousMib => "peak anonymous memory, MiB",
             Self::Seconds => "seconds",
             Self::Milliseconds => "milliseconds",
+            Self::TokensPerSecond => "tokens a second",
         }
     }
 }
@@ -180,12 +191,12 @@ impl Table {
         }
     }
 
-    /// Prints the rows that have a bar, for the README.
-    pub(crate) fn print_markdown(&self) {
-        println!("| | bytes from | median (min – max) | bar |\n|---|---|---|---|");
+    /// Prints the rows that have a bar, for the README; `places` heads the column of where bytes came from, or what was run.
+    pub(crate) fn print_markdown(&self, places: &str) {
+        println!("| | {places} | median (min – max) | bar |\n|---|---|---|---|");
         for unit in Unit::ALL {
             let rows = self.rows.iter().filter(|row| row.unit == unit);
-            for row in rows.filter(|row| !row.bar.verdict(0.0).is_empty()) {
+            for row in rows.filter(|row| row.bar.limit != Limit::Nothing) {
                 let unit = match unit {
                     Unit::Ratio => String::new(),
                     other => format!(", {}", other.title()),

@@ -8,8 +8,8 @@ use std::process::Command;
 use ocifs::base::Hasher;
 use serde_json::{Value, json};
 
-use crate::machine;
-use crate::servers::{Server, run};
+use super::machine;
+use super::servers::{Server, run};
 
 /// A weight file, or a tar that holds some.
 #[derive(Clone, Debug)]
@@ -51,6 +51,13 @@ impl Model {
             let file = plain.join("model.safetensors.index.json");
             fs::write(file, index.to_string()).unwrap();
         }
+        model.package()
+    }
+
+    /// Whatever files `write` makes in the directory that it is given.
+    pub(crate) fn of_files(dir: &Path, name: &'static str, write: impl FnOnce(&Path)) -> Self {
+        let model = Self::begin(dir, name);
+        write(&model.plain());
         model.package()
     }
 

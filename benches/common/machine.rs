@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::options::Options;
+use super::options::Options;
 
 /// One line of what a command prints first; what is missing is said to be so.
 fn first_line(program: &str, arguments: &[&str]) -> String {
@@ -22,8 +22,8 @@ fn first_line(program: &str, arguments: &[&str]) -> String {
     text.lines().next().unwrap_or(program).trim().to_owned()
 }
 
-/// What a reader of the figures must know about where they were taken.
-pub(crate) fn print_header(dir: &Path, options: &Options) {
+/// What a reader of the figures must know about where they were taken; `programs` with the argument that asks each for its version.
+pub(crate) fn print_header(dir: &Path, options: &Options, programs: &[(&str, &str)]) {
     let field = |path: &str, name: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
         let line = text.lines().find(|line| line.starts_with(name));
@@ -31,7 +31,7 @@ pub(crate) fn print_header(dir: &Path, options: &Options) {
         value.map_or_else(|| "?".to_owned(), |(_, value)| value.trim().to_owned())
     };
     // What a program says about itself: name and version, without the libraries that it was built with.
-    let version = |program, argument| {
+    let version = |(program, argument): &(&str, &str)| {
         let line = first_line(program, &[argument]);
         line.split(' ').take(3).collect::<Vec<_>>().join(" ")
     };
@@ -48,11 +48,8 @@ pub(crate) fn print_header(dir: &Path, options: &Options) {
         load.split(' ').next().unwrap_or("?"),
     );
     println!(
-        "{}; {}; {}; {}",
-        version("nginx", "-v"),
-        version("curl", "--version"),
-        version("rclone", "version"),
-        version("nbdkit", "--version"),
+        "{}",
+        programs.iter().map(version).collect::<Vec<_>>().join("; ")
     );
     println!(
         "{}, {} rounds; readers, daemons and servers share the cores",

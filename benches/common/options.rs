@@ -12,15 +12,13 @@ pub(crate) struct Options {
     groups: Vec<String>,
 }
 
-const USAGE: &str =
-    "usage: cargo bench --bench read_path -- [--quick] [--rounds N] [--markdown] [[--only] GROUP]…";
-
 impl Options {
-    /// Reads the arguments; `known` are the groups with what each is about.
+    /// Reads the arguments of the benchmark `name`; `known` are the groups with what each is about.
     ///
     /// # Errors
     /// The text for people, when it is not understood or help is wanted.
     pub(crate) fn parse(
+        name: &str,
         arguments: impl Iterator<Item = String>,
         known: &[(&str, &str)],
     ) -> Result<Self, String> {
@@ -29,7 +27,7 @@ impl Options {
                 .iter()
                 .map(|(name, about)| format!("  {name:<10}{about}\n"));
             format!(
-                "{USAGE}\n\nGroups (default: all):\n{}",
+                "usage: cargo bench --bench {name} -- [--quick] [--rounds N] [--markdown] [[--only] GROUP]…\n\nGroups (default: all):\n{}",
                 groups.collect::<String>()
             )
         };
@@ -61,6 +59,12 @@ impl Options {
     /// Whether a group is to run.
     pub(crate) fn wants(&self, group: &str) -> bool {
         self.groups.is_empty() || self.groups.iter().any(|wanted| wanted == group)
+    }
+
+    /// The rounds of a group, told on stderr as they begin.
+    pub(crate) fn turns(&self, group: &'static str) -> impl Iterator<Item = usize> + use<> {
+        let rounds = self.rounds;
+        (1..=rounds).inspect(move |round| eprintln!("{group}: round {round} of {rounds}"))
     }
 
     /// `full`, or `quick` where a small run is wanted.
