@@ -17,9 +17,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("tree", &["model", "blob", "cache", "registry"]),
     ("fuse", &[]),
     ("mount", &["tree", "fuse"]),
-    ("serve", &[]),
+    ("http", &[]),
+    ("serve", &["http"]),
     ("pack", &["model"]),
-    ("runner", &[]),
+    ("runner", &["http"]),
     // Programs beside `ocifs` use the library from outside.
     ("bin", &[]),
     ("config", &["model", "blob", "cache", "registry"]),

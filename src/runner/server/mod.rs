@@ -7,30 +7,16 @@ mod answer;
 mod ask;
 mod queue;
 
-use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::net::TcpListener;
 
 use super::engine::Engine;
+use crate::http;
 use answer::Service;
-
-/// Connections served at once; further ones wait in the kernel's queue.
-const MOST_CONNECTIONS: usize = 512;
-/// How long a client may take to send a request head, and a kept connection may lie idle.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long running answers may take to end once the server is told to stop.
-const GRACE: Duration = Duration::from_secs(5);
 
 /// A bound, not yet running server.
 #[derive(Debug)]
@@ -64,62 +50,12 @@ impl Server {
         shutdown: impl Future<Output = ()>,
     ) {
         let service = Arc::new(Service::new(engine, model, queue));
-        let (stop, stopped) = watch::channel(false);
-        let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
-        let mut connections = JoinSet::new();
-        let mut shutdown = pin!(shutdown);
-        loop {
-            let accepted = async {
-                let permit = Arc::clone(&room).acquire_owned().await;
-                (permit, self.listener.accept().await)
-            };
-            tokio::select! {
-                () = &mut shutdown => break,
-                (permit, accepted) = accepted => match accepted {
-                    Ok((stream, _)) => {
-                        let (service, stopped) = (Arc::clone(&service), stopped.clone());
-                        connections.spawn(async move {
-                            let _permit = permit;
-                            connection(stream, service, stopped).await;
-                        });
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                    }
-                },
-                Some(_) = connections.join_next() => {}
-            }
-        }
-        service.stop();
-        let _ = stop.send(true);
-        let _ = tokio::time::timeout(GRACE, async {
-            while connections.join_next().await.is_some() {}
-        })
-        .await;
-    }
-}
-
-async fn connection(stream: TcpStream, service: Arc<Service>, mut stopped: watch::Receiver<bool>) {
-    let _ = stream.set_nodelay(true);
-    let service = service_fn(move |request| {
-        let service = Arc::clone(&service);
-        async move { Ok::<_, Infallible>(service.respond(request).await) }
-    });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut served = pin!(served);
-    tokio::select! {
-        result = served.as_mut() => {
-            if let Err(error) = result {
-                tracing::debug!(%error, "a connection ended");
-            }
-        }
-        () = async { let _ = stopped.wait_for(|stopped| *stopped).await; } => {
-            served.as_mut().graceful_shutdown();
-            let _ = served.await;
-        }
+        let answering = Arc::clone(&service);
+        let respond = move |request| Arc::clone(&answering).respond(request);
+        let shutdown = async {
+            shutdown.await;
+            service.stop();
+        };
+        http::serve(self.listener, respond, shutdown).await;
     }
 }
