@@ -522,6 +522,59 @@ mod tests {
     }
 
     #[test]
+    fn published_configs_of_the_same_shape_are_read() {
+        // DeepSeek-R1-Distill-Llama-8B and -Qwen-1.5B, Yi-6B, TinyLlama-1.1B, without what nobody reads.
+        let r1_llama = json!({
+            "model_type": "llama", "attention_bias": false, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
+            "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": false, "num_attention_heads": 32,
+            "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+            "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+            "rope_theta": 500000.0, "tie_word_embeddings": false, "vocab_size": 128256,
+        });
+        let r1_qwen = json!({
+            "model_type": "qwen2", "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 1536, "intermediate_size": 8960,
+            "max_position_embeddings": 131072, "max_window_layers": 21, "num_attention_heads": 12, "num_hidden_layers": 28,
+            "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000, "sliding_window": 4096,
+            "tie_word_embeddings": false, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936,
+        });
+        let yi = json!({
+            "model_type": "llama", "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu", "hidden_size": 4096,
+            "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": 5000000.0,
+            "tie_word_embeddings": false, "vocab_size": 64000,
+        });
+        let tiny = json!({
+            "model_type": "llama", "attention_bias": false, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048,
+            "intermediate_size": 5632, "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 22,
+            "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": 10000.0,
+            "tie_word_embeddings": false, "vocab_size": 32000,
+        });
+        for (value, width, theta, last) in [
+            // The slowest pair turns 8 times slower than without `rope_scaling`.
+            (r1_llama, 128, 500_000.0, 8.0),
+            (r1_qwen, 128, 10_000.0, 1.0),
+            (yi, 128, 5_000_000.0, 1.0),
+            (tiny, 64, 10_000.0, 1.0),
+        ] {
+            let config = read(&value).unwrap();
+            assert_eq!(config.head_dim, width);
+            assert_eq!(
+                config.ends,
+                [value["eos_token_id"].as_u64().unwrap() as u32]
+            );
+            assert!(!config.tied);
+            assert!(config.layers.iter().all(|layer| layer.window.is_none()));
+            let frequencies = &config.layers[0].rope.frequencies;
+            let slowest = f64::powf(theta, 2.0 / width as f64 - 1.0) / last;
+            assert_eq!(frequencies[0], 1.0);
+            assert!((f64::from(*frequencies.last().unwrap()) / slowest - 1.0).abs() < 1e-6);
+        }
+        let several = json!([128001, 128008, 128009]);
+        assert_eq!(ends(Some(&several)), [128_001, 128_008, 128_009]);
+    }
+
+    #[test]
     fn windows_are_where_each_family_has_them() {
         let windows = |value: &Value| -> Vec<Option<usize>> {
             read(value)
