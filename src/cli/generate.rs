@@ -4,6 +4,7 @@
 #![allow(rustdoc::broken_intra_doc_links)]
 
 use std::ffi::OsString;
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 
 use clap::Args;
@@ -21,16 +22,16 @@ pub struct Generate {
     #[arg(short = 'n', long = "tokens", value_name = "N")]
     pub tokens: Option<usize>,
     /// Divide logits by T before a token is drawn; 0 always takes the likeliest. [default: what generation_config.json says, else 0]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, value_parser = from_zero)]
     pub temp: Option<f64>,
     /// Draw from the likeliest tokens that together have probability P. [default: what generation_config.json says, else 1]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, value_parser = share)]
     pub top_p: Option<f64>,
     /// Draw from the K likeliest tokens; 0 from all. [default: what generation_config.json says, else 0]
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Make tokens that were seen less likely by this factor. [default: what generation_config.json says, else 1]
-    #[arg(long, value_name = "FACTOR")]
+    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true, value_parser = factor)]
     pub repetition_penalty: Option<f64>,
     /// Draw the same tokens as another run with this seed did. [default: another one each time]
     #[arg(long, value_name = "N")]
@@ -71,6 +72,11 @@ pub struct Generate {
 }
 
 impl Generate {
+    /// Whether a person is to be asked: nothing else says what to answer, and there is a terminal to ask on.
+    pub fn is_chat(&self) -> bool {
+        self.prompt.is_none() && self.listen.is_none() && std::io::stdin().is_terminal()
+    }
+
     /// The same options as arguments.
     pub fn arguments(&self) -> Vec<OsString> {
         let mut all = Vec::new();
@@ -110,6 +116,25 @@ impl Generate {
     }
 }
 
+fn number(text: &str, holds: impl Fn(f64) -> bool, what: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if holds(number) => Ok(number),
+        _ => Err(format!("not a number {what}")),
+    }
+}
+
+fn from_zero(text: &str) -> Result<f64, String> {
+    number(text, |n| (0.0..=100.0).contains(&n), "from 0 to 100")
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    number(text, |n| n > 0.0 && n <= 1.0, "above 0, up to 1")
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    number(text, |n| n > 0.0 && n <= 100.0, "above 0, up to 100")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +144,24 @@ mod tests {
     struct Alone {
         #[command(flatten)]
         generate: Generate,
+    }
+
+    #[test]
+    fn numbers_that_choose_nothing_sensible_are_refused() {
+        for typed in [
+            ["--temp", "-1"],
+            ["--temp", "NaN"],
+            ["--top-p", "7"],
+            ["--top-p", "0"],
+            ["--repetition-penalty", "0"],
+            ["--repetition-penalty", "inf"],
+        ] {
+            let error = Alone::try_parse_from(std::iter::once("x").chain(typed)).err();
+            assert!(
+                error.unwrap().to_string().contains("not a number"),
+                "{typed:?}"
+            );
+        }
     }
 
     #[test]

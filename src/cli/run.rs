@@ -36,6 +36,9 @@ pub(super) fn run(global: &Global, args: &Run) -> Result<Exit> {
     if typed.is_dir() {
         return become_runner(&program, typed, args, None);
     }
+    if let Some(failure) = no_directory(&args.model) {
+        return Err(failure.into());
+    }
     let reference: Reference = args.model.parse().map_err(|error| {
         Failure::new(Exit::Usage, format!("{error}"))
             .hint(format!("{} is no directory either", typed.display()))
@@ -53,9 +56,28 @@ pub(super) fn run(global: &Global, args: &Run) -> Result<Exit> {
     if let Err(error) = fs::metadata(&model) {
         return Err(unavailable(global, args, &reference, &error));
     }
-    let status = attended(&mut command(&program, &model, args, Some(&name)), &program);
+    let chat = args.generate.is_chat();
+    let status = attended(
+        &mut command(&program, &model, args, Some(&name)),
+        &program,
+        chat,
+    );
     drop(mount);
     Ok(ended(status?))
+}
+
+/// What is a path, and yet no directory, is not looked for in a registry.
+fn no_directory(typed: &str) -> Option<Failure> {
+    let path = Path::new(typed);
+    if path.is_file() {
+        let text =
+            format!("{typed} is a file; a model is a directory with config.json and its weights");
+        return Some(Failure::new(Exit::Usage, text));
+    }
+    let is_path = ["/", "./", "../", "~"]
+        .iter()
+        .any(|begin| typed.starts_with(begin));
+    is_path.then(|| Failure::new(Exit::NotFound, format!("there is no directory {typed}")))
 }
 
 /// `ocifs-run`: the one that is named, else the one beside this program, else one on the PATH.
@@ -90,20 +112,40 @@ fn check(program: &Path) -> Result<()> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&tried.stderr);
-    let said = said
-        .trim()
-        .rsplit_once(": error while")
-        .map_or(said.trim(), |(_, rest)| {
-            rest.trim_start_matches(" loading shared libraries: ")
-        });
-    let text = format!("{} does not start: {said}", program.display());
-    let hint = if said.contains(".so") {
-        "it was built for NVIDIA GPUs and needs their driver and CUDA's libraries (LD_LIBRARY_PATH names a folder with them); \
-         one that was built with `--features runner` alone needs none"
-    } else {
-        "OCIFS_RUN names another"
-    };
-    Err(Failure::new(Exit::Failure, text).hint(hint).into())
+    // The loader names the first library that it misses; asked for all that the program links, it names each.
+    let listed = Command::new(program)
+        .env("LD_TRACE_LOADED_OBJECTS", "1")
+        .stdin(Stdio::null())
+        .output();
+    let listed = listed.map_or_else(|_| Vec::new(), |listed| listed.stdout);
+    Err(not_started(program, &said, &String::from_utf8_lossy(&listed)).into())
+}
+
+/// Why a program does not start, from what it, or its loader, `said`, and the libraries that the loader `listed`.
+fn not_started(program: &Path, said: &str, listed: &str) -> Failure {
+    let missing: Vec<&str> = listed
+        .lines()
+        .filter_map(|line| line.trim().strip_suffix("=> not found"))
+        .map(str::trim)
+        .collect();
+    let program = program.display();
+    if !missing.is_empty() {
+        let text = format!("{program} does not start: {} missing", are(&missing));
+        let hint = "it was built for NVIDIA GPUs and needs their driver and CUDA's libraries (LD_LIBRARY_PATH names a folder with them); \
+             one that was built with `--features runner` alone needs none";
+        return Failure::new(Exit::Failure, text).hint(hint);
+    }
+    let text = format!("{program} does not start: {}", said.trim());
+    Failure::new(Exit::Failure, text).hint(format!("{VARIABLE} names another"))
+}
+
+/// "a is", "a, b and c are".
+fn are(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => format!("{one} is"),
+        [most @ .., last] => format!("{} and {last} are", most.join(", ")),
+    }
 }
 
 /// The model in a mount that is there and readable.
@@ -138,8 +180,8 @@ fn cannot_start(program: &Path, error: &io::Error) -> anyhow::Error {
     .into()
 }
 
-/// Runs a program to its end, and passes on that it is to stop.
-fn attended(command: &mut Command, program: &Path) -> Result<ExitStatus> {
+/// Runs a program to its end, and passes on that it is to stop. Ctrl-C ends an answer of a `chat`, which the terminal itself tells it.
+fn attended(command: &mut Command, program: &Path, chat: bool) -> Result<ExitStatus> {
     // It does not outlive this process, whose mount it reads.
     end_with_parent(command);
     let mut child = command
@@ -150,13 +192,30 @@ fn attended(command: &mut Command, program: &Path) -> Result<ExitStatus> {
         let mut waiting = tokio::task::spawn_blocking(move || child.wait());
         tokio::select! {
             status = &mut waiting => Ok(status??),
-            () = interrupted() => {
+            () = ended_by_signal(chat) => {
                 // A terminal has told it already; a second time does no harm.
                 let _ = rustix::process::kill_process(id, rustix::process::Signal::TERM);
                 Ok(waiting.await??)
             }
         }
     })
+}
+
+/// Done at the first SIGTERM, and unless a chat has its own use for it SIGINT. Must be called inside a runtime.
+async fn ended_by_signal(chat: bool) {
+    use tokio::signal::unix::{SignalKind, signal};
+    if !chat {
+        return interrupted().await;
+    }
+    // With a handler, and nobody who waits for it, SIGINT does nothing to this process.
+    let both = (
+        signal(SignalKind::interrupt()),
+        signal(SignalKind::terminate()),
+    );
+    match both {
+        (Ok(_interrupt), Ok(mut terminate)) => _ = terminate.recv().await,
+        _ => std::future::pending().await,
+    }
 }
 
 fn end_with_parent(command: &mut Command) {
@@ -312,4 +371,36 @@ fn options(global: &Global, reading: &Reading) -> Vec<OsString> {
         all.push(file.into());
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_library_that_is_missing_is_named() {
+        let said = "/x/ocifs-run: error while loading shared libraries: libcuda.so.1: cannot open shared object file";
+        let listed = "\tlinux-vdso.so.1 (0x00007ffd)\n\tlibcuda.so.1 => not found\n\tlibcublas.so.13 => not found\n\
+                      \tlibcurand.so.10 => /lib/libcurand.so.10 (0x00007f)\n\tlibcudart.so.13 => not found\n";
+        let failure = not_started(Path::new("/x/ocifs-run"), said, listed);
+        assert_eq!(
+            failure.message,
+            "/x/ocifs-run does not start: libcuda.so.1, libcublas.so.13 and libcudart.so.13 are missing"
+        );
+        assert!(failure.hint.unwrap().contains("LD_LIBRARY_PATH"));
+        let failure = not_started(Path::new("/x/y"), "", "\tlibcuda.so.1 => not found\n");
+        assert!(failure.message.ends_with("libcuda.so.1 is missing"));
+        let failure = not_started(Path::new("/x/y"), "no such option\n", "");
+        assert_eq!(failure.message, "/x/y does not start: no such option");
+    }
+
+    #[test]
+    fn a_path_is_not_taken_for_a_reference() {
+        let said = |typed| no_directory(typed).map(|failure| failure.message);
+        assert!(said("/nowhere/at/all").unwrap().contains("no directory"));
+        assert!(said("./nowhere").unwrap().contains("no directory"));
+        assert!(said("Cargo.toml").unwrap().contains("is a file"));
+        assert_eq!(said("ghcr.io/org/model:v1"), None);
+        assert_eq!(said("model"), None);
+    }
 }

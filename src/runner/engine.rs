@@ -120,7 +120,10 @@ impl Engine {
     /// When something is missing, malformed, or would run wrongly.
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
+        let text = std::fs::read(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound if dir.is_dir() => no_model(dir),
+            _ => Error::io(&path, error),
+        })?;
         let config = config::parse(&text, &path)?;
         let shards = Shards::open(dir)?;
         let room = match options.room {
@@ -130,7 +133,12 @@ impl Engine {
                     config.positions
                 )));
             }
-            Some(room) => room.max(1),
+            Some(room) if room < 2 => {
+                return Err(Error::Request(
+                    "there has to be room for a token and an answer, 2 in all".to_owned(),
+                ));
+            }
+            Some(room) => room,
             None => config.positions.min(ROOM),
         };
         let mut ends = config.ends.clone();
@@ -334,6 +342,25 @@ impl Engine {
     }
 }
 
+/// What is said of a directory without `config.json`.
+fn no_model(dir: &Path) -> Error {
+    let gguf = std::fs::read_dir(dir).is_ok_and(|entries| {
+        let mut names = entries.flatten().map(|entry| entry.file_name());
+        names.any(|name| name.to_string_lossy().ends_with(".gguf"))
+    });
+    let (dir, instead) = (
+        dir.display(),
+        if gguf {
+            "; of GGUF files, which llama.cpp reads, it knows nothing"
+        } else {
+            ""
+        },
+    );
+    Error::Unsupported(format!(
+        "{dir} has no config.json, which the runner needs beside safetensors files{instead}"
+    ))
+}
+
 fn generation_config(dir: &Path) -> Result<Value> {
     let path = dir.join("generation_config.json");
     match std::fs::read(&path) {
@@ -363,5 +390,26 @@ fn defaults(generation: &Value) -> Sampling {
             .filter(|penalty| *penalty > 0.0)
             .unwrap_or(1.0),
         ..Sampling::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_maker_says_how_tokens_are_chosen() {
+        // As DeepSeek-R1's distilled models have it.
+        let said = defaults(&json!({"do_sample": true, "temperature": 0.6, "top_p": 0.95}));
+        assert_eq!((said.temperature, said.top_p, said.top_k), (0.6, 0.95, 0));
+        let said = defaults(&json!({"do_sample": true, "top_k": 20, "repetition_penalty": 1.05}));
+        assert_eq!(
+            (said.temperature, said.top_k, said.repetition_penalty),
+            (1.0, 20, 1.05)
+        );
+        // A temperature without `do_sample` is not used.
+        assert_eq!(defaults(&json!({"temperature": 0.6})).temperature, 0.0);
+        assert_eq!(defaults(&Value::Null).temperature, 0.0);
     }
 }

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system did not deliver.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {said}", path.display())]
     Io {
         /// What was read.
         path: PathBuf,
-        /// What it said.
-        source: std::io::Error,
+        /// What it said. Not the `source`: it is in the message, which goes to clients of the server too.
+        said: std::io::Error,
     },
     /// A file is not what it should be.
     #[error("{}: {reason}", path.display())]
@@ -28,7 +28,7 @@ pub enum Error {
     #[error("{0}")]
     Request(String),
     /// The device or a tensor operation failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
@@ -36,10 +36,10 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    pub(super) fn io(path: &Path, source: std::io::Error) -> Self {
+    pub(super) fn io(path: &Path, said: std::io::Error) -> Self {
         Self::Io {
             path: path.to_owned(),
-            source,
+            said,
         }
     }
 

@@ -4,32 +4,19 @@
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::{Content, Value, write};
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
-use candle_core::{Device, Tensor};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::json;
-use tempfile::TempDir;
 use tokenizers::Tokenizer;
 
-use crate::support::python::environment;
-use crate::support::scratch;
 use crate::weights::{Raw, write_shards};
 
-/// SmolLM2-135M-Instruct as a model directory with f16 weights in two files. Made once a run.
-pub fn smollm() -> &'static Path {
-    static MADE: OnceLock<TempDir> = OnceLock::new();
-    let dir = MADE.get_or_init(|| {
-        let dir = scratch("smollm");
-        convert(&source(), dir.path());
-        dir
-    });
-    dir.path()
-}
-
-fn source() -> PathBuf {
-    let path = environment().join("runner/smollm2.gguf");
+/// The package's file, which `tests/setup.sh` puts into `environment`.
+pub fn source(environment: &Path) -> PathBuf {
+    let path = environment.join("runner/smollm2.gguf");
     assert!(
         path.exists(),
         "{} is missing; tests/setup.sh makes it",
@@ -64,7 +51,8 @@ impl Meta<'_> {
     }
 }
 
-fn convert(from: &Path, to: &Path) {
+/// Makes the directory `to` with weights of `dtype`, F16 or BF16, in `shards` files.
+pub fn convert(from: &Path, to: &Path, dtype: &'static str, shards: usize) {
     let mut file = BufReader::new(File::open(from).unwrap());
     let content = Content::read(&mut file).unwrap();
     let meta = Meta(&content);
@@ -77,7 +65,7 @@ fn convert(from: &Path, to: &Path) {
     let vocabulary = content.tensor_infos["token_embd.weight"].shape.dims()[0];
     let tied = !content.tensor_infos.contains_key("output.weight");
     let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float16",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": if dtype == "F16" { "float16" } else { "bfloat16" },
         "hidden_size": meta.number("embedding_length"), "intermediate_size": meta.number("feed_forward_length"),
         "num_hidden_layers": meta.number("block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "max_position_embeddings": meta.number("context_length"), "rms_norm_eps": meta.real("attention.layer_norm_rms_epsilon"),
@@ -115,16 +103,55 @@ fn convert(from: &Path, to: &Path) {
             let numbers = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             Raw {
                 name: published_name(name),
-                dtype: "F16",
+                dtype,
                 shape: tensor.dims().to_vec(),
                 bytes: numbers
                     .into_iter()
-                    .flat_map(|number| half::f16::from_f32(number).to_le_bytes())
+                    .flat_map(|number| match dtype {
+                        "F16" => half::f16::from_f32(number).to_le_bytes(),
+                        _ => half::bf16::from_f32(number).to_le_bytes(),
+                    })
                     .collect(),
             }
         })
         .collect();
-    write_shards(to, &tensors, 2);
+    write_shards(to, &tensors, shards);
+}
+
+/// Writes the same model as a GGUF file with matrices of bf16.
+#[allow(dead_code)] // Only the benchmark wants it.
+pub fn widen(from: &Path, to: &Path) {
+    let mut file = BufReader::new(File::open(from).unwrap());
+    let content = Content::read(&mut file).unwrap();
+    let tensors: Vec<(&str, QTensor)> = content
+        .tensor_infos
+        .keys()
+        .map(|name| {
+            let tensor = content
+                .tensor(&mut file, name, &Device::Cpu)
+                .unwrap()
+                .dequantize(&Device::Cpu)
+                .unwrap();
+            // llama.cpp wants vectors in f32: here with the numbers that bf16 has.
+            let (tensor, dtype) = match tensor.rank() {
+                1 => (tensor.to_dtype(DType::BF16).unwrap(), GgmlDType::F32),
+                _ => (tensor, GgmlDType::BF16),
+            };
+            (name.as_str(), QTensor::quantize(&tensor, dtype).unwrap())
+        })
+        .collect();
+    let mut metadata = content.metadata.clone();
+    // MOSTLY_BF16, as llama.cpp numbers types of files.
+    metadata.insert("general.file_type".to_owned(), Value::U32(32));
+    let metadata: Vec<(&str, &Value)> = metadata
+        .iter()
+        .map(|(name, value)| (name.as_str(), value))
+        .collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors
+        .iter()
+        .map(|(name, tensor)| (*name, tensor))
+        .collect();
+    write(&mut File::create(to).unwrap(), &metadata, &tensors).unwrap();
 }
 
 /// GGUF has the two elements that turn together side by side; publishers have them half a head apart.

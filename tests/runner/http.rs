@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::gguf::smollm;
+use crate::smollm::smollm;
 use crate::support::process::{Daemon, run_command};
 use crate::support::python::environment;
 use crate::support::{eventually, heavy, scratch};

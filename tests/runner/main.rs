@@ -12,6 +12,8 @@
 #[path = "../e2e/support/mod.rs"]
 mod support;
 
+mod apart;
+mod chat;
 mod gguf;
 mod goldens;
 mod http;

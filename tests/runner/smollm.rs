@@ -1,14 +1,17 @@
 //! A published chat model from end to end: out of its package, into a registry, through a mount, to the tokens that transformers has.
 
+use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use serde_json::Value;
+use tempfile::TempDir;
 
-use crate::gguf::smollm;
+use crate::gguf;
 use crate::support::mount::{Mount, ocifs};
 use crate::support::process::{Output, run_command};
-use crate::support::python::python;
+use crate::support::python::{environment, python};
 use crate::support::registry::Registry;
 use crate::support::{heavy, scratch};
 
@@ -22,6 +25,17 @@ const TOKENS: [u32; 24] = [
     7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33, 29, 34, 34, 216, 33,
     34, 42, 33,
 ];
+
+/// SmolLM2-135M-Instruct as a model directory with f16 weights in two files. Made once a run.
+pub fn smollm() -> &'static Path {
+    static MADE: OnceLock<TempDir> = OnceLock::new();
+    let dir = MADE.get_or_init(|| {
+        let dir = scratch("smollm");
+        gguf::convert(&gguf::source(&environment()), dir.path(), "F16", 2);
+        dir
+    });
+    dir.path()
+}
 
 pub fn with_runner(mut command: Command) -> Command {
     command.env("OCIFS_RUN", env!("CARGO_BIN_EXE_ocifs-run"));

@@ -4,11 +4,11 @@
 
 mod chat;
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Parser;
@@ -107,7 +107,8 @@ fn run(cli: &Cli) -> Result<u8> {
     };
     let started = Instant::now();
     let mut engine = Engine::open(&cli.model, &options)?;
-    say(&loaded(&engine, started));
+    let ready = started.elapsed();
+    say(&loaded(&engine, ready));
     if let Some(server) = server {
         let name = cli
             .generate
@@ -140,13 +141,13 @@ fn run(cli: &Cli) -> Result<u8> {
                 engine.generate(&warm_up, |_| ControlFlow::Continue(()))?;
                 engine.forget();
             }
-            once(&mut engine, &cli.generate, sampling, tokens)
+            once(&mut engine, &cli.generate, sampling, tokens, ready)
         }
         (Prompt::Text(text), _) => {
             let tokens = encode(&engine, &cli.generate, &text)?;
-            once(&mut engine, &cli.generate, sampling, tokens)
+            once(&mut engine, &cli.generate, sampling, tokens, ready)
         }
-        (Prompt::Nothing, _) => chat::run(&mut engine, &cli.generate, &sampling),
+        (Prompt::Nothing, _) => chat::run(&mut engine, &cli.generate, &sampling, &runtime),
     }
 }
 
@@ -214,7 +215,7 @@ fn options(generate: &Generate) -> Result<Options> {
 fn prompt(generate: &Generate) -> Result<Prompt> {
     match generate.prompt.as_deref() {
         Some(typed) if typed != "-" => Ok(Prompt::Text(typed.to_owned())),
-        None if io::stdin().is_terminal() => Ok(Prompt::Nothing),
+        None if generate.is_chat() => Ok(Prompt::Nothing),
         _ => {
             let mut text = String::new();
             io::stdin()
@@ -242,14 +243,14 @@ fn sampling(generate: &Generate, defaults: &Sampling) -> Sampling {
     }
 }
 
-fn loaded(engine: &Engine, started: Instant) -> String {
+fn loaded(engine: &Engine, ready: Duration) -> String {
     let (decoder, stats) = (engine.decoder(), engine.loaded());
     format!(
         "loaded {} of weights in {:.2} s ({:.2} GB/s), ready in {:.2} s: {} in {:?} on {}, room for {} tokens",
         ByteSize(stats.bytes),
         stats.time.as_secs_f64(),
         stats.bytes as f64 / 1e9 / stats.time.as_secs_f64().max(1e-9),
-        started.elapsed().as_secs_f64(),
+        ready.as_secs_f64(),
         decoder.config().model_type,
         decoder.dtype(),
         if decoder.device().is_cuda() {
@@ -267,6 +268,7 @@ fn once(
     generate: &Generate,
     sampling: Sampling,
     prompt: Vec<u32>,
+    ready: Duration,
 ) -> Result<u8> {
     let request = Request {
         prompt,
@@ -291,8 +293,8 @@ fn once(
         return Err(error.into());
     }
     if generate.json {
-        serde_json::to_writer_pretty(&mut out, &document(engine, &request, &outcome, &text))
-            .map_err(io::Error::from)?;
+        let document = document(engine, &request, &outcome, &text, ready);
+        serde_json::to_writer_pretty(&mut out, &document).map_err(io::Error::from)?;
     }
     writeln!(out)?;
     say(&summary(&outcome));
@@ -300,6 +302,9 @@ fn once(
 }
 
 fn summary(outcome: &Outcome) -> String {
+    if outcome.tokens.is_empty() {
+        return format!("{} prompt tokens, no token", outcome.prompt_tokens);
+    }
     let prompt = outcome.prompt_tokens - outcome.reused;
     format!(
         "{} prompt tokens, first token after {:.0} ms ({:.0} tokens/s), {} tokens at {:.1} tokens/s",
@@ -316,6 +321,7 @@ fn document(
     request: &Request,
     outcome: &Outcome,
     text: &str,
+    ready: Duration,
 ) -> serde_json::Value {
     let stats = engine.loaded();
     json!({
@@ -329,6 +335,7 @@ fn document(
         "dtype": format!("{:?}", engine.decoder().dtype()),
         "loadBytes": stats.bytes,
         "loadSeconds": stats.time.as_secs_f64(),
+        "readySeconds": ready.as_secs_f64(),
         "firstTokenSeconds": outcome.first.as_secs_f64(),
         "tokensPerSecond": outcome.rate(),
     })
