@@ -31,25 +31,19 @@ for unit in "${root}"/systemd/ocifs*.{service,timer}; do
     install -D -m 644 "${unit}" "${tree}/usr/lib/systemd/system/${unit##*/}"
 done
 install -D -m 644 "${root}/systemd/user/ocifs@.service" "${tree}/usr/lib/systemd/user/ocifs@.service"
-install -D -m 644 "${root}/packaging/config.toml" "${tree}/etc/ocifs/config.toml"
+install -d "${tree}/etc/ocifs"
+"${binary}" config --template >"${tree}/etc/ocifs/config.toml"
 doc=${tree}/usr/share/doc/ocifs
 install -D -m 644 -t "${doc}/examples" "${root}"/systemd/models.{mount,automount}
 install -D -m 644 -t "${doc}" "${root}/README.md" "${root}/packaging/debian/copyright"
 
-# Pages and completions come from the program's own tables.
-if "${binary}" man --help >/dev/null 2>&1; then
-    "${binary}" man --dir "${work}/man" >&2
-    for page in "${work}"/man/*; do
-        install -D -m 644 "${page}" "${tree}/usr/share/man/man${page##*.}/${page##*/}"
-    done
-    find "${tree}/usr/share/man" -type f -exec gzip -9n {} +
-    completion() { install -d "$(dirname "${tree}/$2")" && "${binary}" completions "$1" >"${tree}/$2"; }
-    completion bash usr/share/bash-completion/completions/ocifs
-    completion zsh usr/share/zsh/vendor-completions/_ocifs
-    completion fish usr/share/fish/vendor_completions.d/ocifs.fish
-else
-    echo "deb.sh: this ocifs has no command \`man\`: the package has no manual pages and no completions" >&2
-fi
+# Settings to start from, pages and completions come from the program's own tables.
+"${binary}" man --dir "${tree}/usr/share/man"
+find "${tree}/usr/share/man" -type f -exec gzip -9n {} +
+completion() { install -d "$(dirname "${tree}/$2")" && "${binary}" completions "$1" >"${tree}/$2"; }
+completion bash usr/share/bash-completion/completions/ocifs
+completion zsh usr/share/zsh/vendor-completions/_ocifs
+completion fish usr/share/fish/vendor_completions.d/ocifs.fish
 
 # dpkg-shlibdeps reads what the libraries' packages say; it wants a source package around it.
 printf 'Source: ocifs\n\nPackage: ocifs\nArchitecture: any\n' >"${work}/debian/control"

@@ -3,7 +3,6 @@
 //! Names follow <https://prometheus.io/docs/practices/naming/>: base units, `_total` for what only grows. No label has a value that
 //! readers or registries choose, so that nobody can make series without end.
 
-use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,22 +12,15 @@ use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::header::{ALLOW, CONTENT_TYPE};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 
 use super::report::Report;
 use crate::base::meter::Durations;
 use crate::blob::Verified;
 use crate::fuse::operation_name;
+use crate::http;
 
-/// Clients that are answered at a time.
-const MOST_CLIENTS: usize = 16;
-/// How long one may take to ask.
-const CLIENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a busy address is waited for before the next try.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -369,34 +361,11 @@ pub(super) async fn serve(
 }
 
 async fn accept(listener: TcpListener, report: Arc<Report>) {
-    let room = Arc::new(Semaphore::new(MOST_CLIENTS));
-    loop {
-        // Never closed.
-        let permit = Arc::clone(&room).acquire_owned().await;
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "a client of the metrics was not accepted");
-                tokio::time::sleep(PAUSE).await;
-                continue;
-            }
-        };
-        let report = Arc::clone(&report);
-        tokio::spawn(async move {
-            let _permit = permit;
-            let service = service_fn(|request| {
-                let answer = respond(&request, &report);
-                async move { Ok::<_, Infallible>(answer) }
-            });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(CLIENT_PATIENCE)
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), service);
-            // A client that does not read its answer must not keep the place for ever.
-            let _ = tokio::time::timeout(CLIENT_PATIENCE * 2, connection).await;
-        });
-    }
+    let respond = move |request| {
+        let answer = respond(&request, &report);
+        async move { answer }
+    };
+    http::serve(listener, respond, std::future::pending()).await;
 }
 
 fn respond<B>(request: &Request<B>, report: &Report) -> Response<Full<Bytes>> {
