@@ -287,7 +287,11 @@ impl Drop for Booted {
         if std::thread::panicking() {
             eprintln!("---- journal ----\n{}\n----", self.journal());
         }
-        // The first process of its namespace takes all others with it, and those that wait for a mount get an error.
+        // The first process of its namespace takes all others with it, and those that wait for a mount get an error. It outlives
+        // systemd-nspawn, so it goes first, unless that has ended by itself.
+        if self.nspawn.is_running() {
+            super::held::kill(self.leader, rustix::process::Signal::KILL);
+        }
         self.nspawn.kill();
     }
 }
