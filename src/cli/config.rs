@@ -189,6 +189,51 @@ mod tests {
         }
     }
 
+    /// The settings as docs/configuration.md has them.
+    fn reference() -> String {
+        let (mut text, mut heading) = (String::new(), "");
+        for setting in SETTINGS {
+            if heading != setting.group.heading() {
+                heading = setting.group.heading();
+                let _ = write!(
+                    text,
+                    "\n## {heading}\n\n| Setting | Value | Default | |\n|---|---|---|---|\n"
+                );
+            }
+            let value = match setting.takes {
+                Takes::Switch => "yes, no".to_owned(),
+                Takes::Word(words) => words.join(", "),
+                _ => setting.value_name(),
+            };
+            let words = [setting.about, setting.more].join(" ");
+            let many = if setting.many { "; a list" } else { "" };
+            let _ = writeln!(
+                text,
+                "| `{}` | {value}{many} | {} | {} |",
+                setting.name,
+                setting.default,
+                words.trim().replace('|', "\\|")
+            );
+        }
+        text
+    }
+
+    #[test]
+    fn docs_of_settings_are_those_of_the_table() {
+        const MARK: &str = "<!-- made from src/config/table.rs -->\n";
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (before, made) = text.split_once(MARK).unwrap();
+        if std::env::var_os("OCIFS_UPDATE_DOCS").is_some() {
+            return std::fs::write(path, [before, MARK, &reference()].concat()).unwrap();
+        }
+        assert_eq!(
+            made,
+            reference(),
+            "OCIFS_UPDATE_DOCS=1 cargo test --lib docs_"
+        );
+    }
+
     #[test]
     fn lines_break_between_words() {
         assert_eq!(fold("a bb  ccc d", 4), ["a bb", "ccc", "d"]);

@@ -443,6 +443,28 @@ mod tests {
     }
 
     #[test]
+    fn the_dashboard_asks_for_metrics_that_there_are() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/grafana.json");
+        let text = std::fs::read_to_string(path).unwrap();
+        let dashboard: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let panels = dashboard["panels"].as_array().unwrap();
+        let targets = panels
+            .iter()
+            .flat_map(|panel| panel["targets"].as_array().unwrap());
+        let mut asked = 0;
+        for target in targets {
+            let query = target["expr"].as_str().unwrap();
+            let words = query.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            for word in words.filter(|word| word.starts_with("ocifs_")) {
+                let name = word.strip_suffix("_bucket").unwrap_or(word);
+                assert!(METRICS.iter().any(|metric| metric.name == name), "{query}");
+                asked += 1;
+            }
+        }
+        assert!(asked > 10, "{asked}");
+    }
+
+    #[test]
     fn a_histogram_adds_up() {
         let durations = Durations::default();
         durations.observe(Duration::from_millis(2));
