@@ -229,7 +229,7 @@ impl Table {
             for row in rows {
                 let (middle, low, high) = row.spread();
                 let line = format!(
-                    "{:<10}{:<74}{middle:>8.2}  {:<18}{:<18}{}",
+                    "{:<16}{:<68}{middle:>8.2}  {:<18}{:<18}{}",
                     row.place,
                     row.what,
                     format!("({low:.2} – {high:.2})"),

@@ -37,6 +37,8 @@
 )]
 
 mod cold;
+// The other benchmark uses all of it.
+#[allow(dead_code)]
 #[path = "../common/mod.rs"]
 mod common;
 mod engine;

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Instant;
 
 /// A way to read a whole file; returns the bytes that it got.
 pub(crate) type Read = fn(&File) -> u64;

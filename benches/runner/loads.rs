@@ -22,7 +22,7 @@ const TURNS: usize = 3;
 fn prepare(bench: &Bench) -> (Model, PathBuf) {
     let layers = bench.options.scaled(12, 4);
     let model = Model::of_files(&bench.dir, "random", |dir| {
-        synthetic::write(dir, &bench.smollm, layers);
+        synthetic::write(dir, layers);
     });
     let prompt = bench.dir.join("prompt.json");
     fs::write(&prompt, "[1, 2, 3]").unwrap();
@@ -49,7 +49,7 @@ pub(crate) fn sealed(bench: &Bench, table: &mut Table) {
     mount.wait_until_verified(WEIGHTS);
     let native = dir.join("native");
     fs::create_dir_all(&native).unwrap();
-    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+    for name in ["config.json", "tokenizer.json"] {
         fs::copy(mount.file(name), native.join(name)).unwrap();
     }
     let blob = model.blobs.iter().find(|blob| blob.name == WEIGHTS);

@@ -35,6 +35,7 @@ mod choice;
 #[allow(dead_code)]
 #[path = "../common/mod.rs"]
 mod common;
+#[allow(unreachable_pub)]
 #[path = "../../tests/runner/gguf.rs"]
 mod gguf;
 mod loads;

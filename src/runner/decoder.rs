@@ -224,6 +224,20 @@ impl Decoder {
         cache: &mut Cache,
         wanted: Logits,
     ) -> Result<Tensor> {
+        if self.device.is_cpu() {
+            // On a thread of the pool: to hand each of a hundred small products to it from outside takes as long as some of them.
+            return rayon::scope(|_| self.compute(tokens, position, cache, wanted));
+        }
+        self.compute(tokens, position, cache, wanted)
+    }
+
+    fn compute(
+        &self,
+        tokens: &[u32],
+        position: usize,
+        cache: &mut Cache,
+        wanted: Logits,
+    ) -> Result<Tensor> {
         if tokens.is_empty() || position + tokens.len() > cache.room {
             return Err(Error::Request(format!(
                 "{} tokens at {position} do not fit into {}",

@@ -42,6 +42,8 @@ pub(super) fn detected() -> Kernels {
 
 /// An element of a weight.
 pub(super) trait Element: Copy + Send + Sync {
+    /// Whether it is widened when it is loaded.
+    const NARROW: bool;
     /// Its value.
     fn wide(self) -> f32;
     /// The values of the 8 elements from `at`.
@@ -59,6 +61,8 @@ pub(super) trait Element: Copy + Send + Sync {
 }
 
 impl Element for f32 {
+    const NARROW: bool = false;
+
     #[inline(always)]
     fn wide(self) -> f32 {
         self
@@ -80,6 +84,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const NARROW: bool = true;
+
     #[inline(always)]
     fn wide(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -111,6 +117,8 @@ impl Element for bf16 {
 }
 
 impl Element for f16 {
+    const NARROW: bool = true;
+
     #[inline(always)]
     fn wide(self) -> f32 {
         self.to_f32()
@@ -154,6 +162,20 @@ pub(super) unsafe fn block<W: Element>(
             #[cfg(target_arch = "x86_64")]
             Kernels::Avx512 => x86::block_avx512(x, w, k, out, stride),
         }
+    }
+}
+
+/// Writes the values of `w` to `out`.
+pub(super) fn widen<W: Element>(kernels: Kernels, w: &[W], out: &mut [f32]) {
+    assert_eq!(w.len(), out.len());
+    match kernels {
+        Kernels::Plain => out.iter_mut().zip(w).for_each(|(out, w)| *out = w.wide()),
+        // SAFETY: the processor has it, or `kernels` would be another; the lengths were compared.
+        #[cfg(target_arch = "x86_64")]
+        Kernels::Avx2 => unsafe { x86::widen_avx2(w, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kernels::Avx512 => unsafe { x86::widen_avx512(w, out) },
     }
 }
 
@@ -332,7 +354,7 @@ mod x86 {
 
     /// A tile of `I` rows of x and `J` rows of W, in registers.
     macro_rules! tile {
-        ($name:ident, $lanes:literal, $load:ident, $zero:ident, $loadx:ident, $fma:ident, $sum:ident) => {
+        ($name:ident, $lanes:literal, $load:ident, $zero:ident, $loadx:ident, $fma:ident, $sum:ident, $sum4:ident) => {
             #[inline(always)]
             unsafe fn $name<W: Element, const I: usize, const J: usize>(
                 x: *const f32,
@@ -357,6 +379,14 @@ mod x86 {
                             }
                         }
                         at += $lanes;
+                    }
+                    // Lanes are added up for four sums at once where there are four: one by one it takes longer than short rows do.
+                    if J == 4 && at == k {
+                        for i in 0..I {
+                            let four = $sum4(sums[0][i], sums[1][i], sums[2][i], sums[3][i]);
+                            _mm_storeu_ps(out.add(i * stride), four);
+                        }
+                        return;
                     }
                     for j in 0..J {
                         for i in 0..I {
@@ -391,6 +421,53 @@ mod x86 {
         unsafe { _mm512_reduce_add_ps(lanes) }
     }
 
+    /// The sums of the lanes of each, in order.
+    #[inline(always)]
+    unsafe fn sum8x4(a: __m256, b: __m256, c: __m256, d: __m256) -> __m128 {
+        // SAFETY: AVX2 is there, or the caller would not be.
+        unsafe {
+            let ab = _mm256_castps_pd(_mm256_add_ps(
+                _mm256_unpacklo_ps(a, b),
+                _mm256_unpackhi_ps(a, b),
+            ));
+            let cd = _mm256_castps_pd(_mm256_add_ps(
+                _mm256_unpacklo_ps(c, d),
+                _mm256_unpackhi_ps(c, d),
+            ));
+            let all = _mm256_add_ps(
+                _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+                _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)),
+            );
+            _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all))
+        }
+    }
+
+    /// The sums of the lanes of each, in order.
+    #[inline(always)]
+    unsafe fn sum16x4(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
+        // SAFETY: AVX-512F is there, or the caller would not be.
+        unsafe {
+            let ab = _mm512_castps_pd(_mm512_add_ps(
+                _mm512_unpacklo_ps(a, b),
+                _mm512_unpackhi_ps(a, b),
+            ));
+            let cd = _mm512_castps_pd(_mm512_add_ps(
+                _mm512_unpacklo_ps(c, d),
+                _mm512_unpackhi_ps(c, d),
+            ));
+            let all = _mm512_add_ps(
+                _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)),
+            );
+            let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(all)));
+            let half = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
+            _mm_add_ps(
+                _mm256_castps256_ps128(half),
+                _mm256_extractf128_ps::<1>(half),
+            )
+        }
+    }
+
     tile!(
         tile8,
         8,
@@ -398,7 +475,8 @@ mod x86 {
         _mm256_setzero_ps,
         _mm256_loadu_ps,
         _mm256_fmadd_ps,
-        sum8
+        sum8,
+        sum8x4
     );
     tile!(
         tile16,
@@ -407,7 +485,8 @@ mod x86 {
         _mm512_setzero_ps,
         _mm512_loadu_ps,
         _mm512_fmadd_ps,
-        sum16
+        sum16,
+        sum16x4
     );
 
     macro_rules! block {
@@ -573,6 +652,33 @@ mod x86 {
         _mm512_loadu_ps,
         _mm512_storeu_ps,
         _mm512_fmadd_ps
+    );
+
+    macro_rules! widen {
+        ($name:ident, $features:literal, $lanes:literal, $load:ident, $store:ident) => {
+            /// # Safety
+            /// The processor has these features, and `out` is as long as `w`.
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn $name<W: Element>(w: &[W], out: &mut [f32]) {
+                let whole = w.len() - w.len() % $lanes;
+                for at in (0..whole).step_by($lanes) {
+                    // SAFETY: within both.
+                    unsafe { $store(out.as_mut_ptr().add(at), W::$load(w.as_ptr().add(at))) };
+                }
+                for (out, w) in out[whole..].iter_mut().zip(&w[whole..]) {
+                    *out = w.wide();
+                }
+            }
+        };
+    }
+
+    widen!(widen_avx2, "avx2,fma,f16c", 8, eight, _mm256_storeu_ps);
+    widen!(
+        widen_avx512,
+        "avx512f,avx2,fma,f16c",
+        16,
+        sixteen,
+        _mm512_storeu_ps
     );
 
     /// The same lines of Rust, compiled for wider registers.
