@@ -4,17 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::watch;
 
 use super::budget::Reservation;
+use super::complete::ROUNDS;
 use super::flight::{Flight, Urgency};
 use super::memory::Held;
 use super::overlay::Overlay;
 use super::plan;
 use super::prefetch::{Advice, Prefetcher, Reach};
 use super::verify::Hashing;
-use super::{BlobError, Event, PARTS_AT_ONCE, Prefetch, Shared, Verified};
+use super::{BlobError, Event, Prefetch, Shared, Verified};
 use crate::base::rt::timeout_at;
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,8 +28,6 @@ const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(10);
 const PREFETCH_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// What a closed blob has in the cache is believed for so long: only another process can add to it.
 const COUNT_AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// Completing a blob is given up when this many rounds found every byte and could not decide on them.
-const ROUNDS: u32 = 3;
 /// Whole streams of one blob at a time, where the server ignores ranges and the cache has no room: a reader each.
 const STREAMS: usize = 3;
 /// Most servers of a blob that are remembered.
@@ -440,79 +438,6 @@ impl LazyBlob {
         }
     }
 
-    /// Fetches what is missing, verifies and seals.
-    ///
-    /// # Errors
-    /// [`BlobError::NoRoom`] when the cache cannot hold it.
-    pub async fn complete(self: &Arc<Self>) -> Result<(), BlobError> {
-        for _ in 0..ROUNDS {
-            self.check()?;
-            if *self.verified.borrow() == Verified::Yes {
-                return Ok(());
-            }
-            // What was wrong is thrown away and fetched again: the entry is another one then.
-            let hold = self.hold();
-            self.filling.store(true, Ordering::Release);
-            self.fetch_all(&hold).await?;
-            if self.hash_what_came(&hold).await {
-                self.check()?;
-                return Ok(());
-            }
-            if hold.entry().is_none() && !self.doubted.load(Ordering::Acquire) {
-                break;
-            }
-        }
-        // It may have been decided just now.
-        self.check()?;
-        Err(BlobError::NoRoom {
-            digest: self.digest,
-            size: self.size,
-        })
-    }
-
-    /// Fetches what is missing, and no more: [`LazyBlob::complete`] without the wait for the hash. As long as the hold lives, nothing
-    /// of it is evicted.
-    ///
-    /// # Errors
-    /// As [`LazyBlob::complete`].
-    pub async fn fill(self: &Arc<Self>) -> Result<Hold, BlobError> {
-        let hold = self.hold();
-        self.check()?;
-        self.filling.store(true, Ordering::Release);
-        if *self.verified.borrow() != Verified::Yes {
-            self.fetch_all(&hold).await?;
-        }
-        Ok(hold)
-    }
-
-    async fn fetch_all(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
-        for _ in 0..ROUNDS {
-            match self.fetch_parts(hold).await {
-                // It was found wrong and thrown away under these requests: that is no want of room, and it comes once more.
-                Err(BlobError::NoRoom { .. }) if self.doubted.load(Ordering::Acquire) => {
-                    self.check()?;
-                    drop(self.hold()); // opens it anew
-                }
-                done => return done,
-            }
-        }
-        Err(BlobError::NoRoom {
-            digest: self.digest,
-            size: self.size,
-        })
-    }
-
-    async fn fetch_parts(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
-        stream::iter(plan::parts(ByteRange::new(0, self.size), 2 * plan::PART))
-            .map(|part| async move {
-                let deadline = Deadline::after(self.shared.config.read_timeout);
-                self.ensure(hold, part, Urgency::Fill, deadline).await
-            })
-            .buffered(PARTS_AT_ONCE / 2)
-            .try_collect::<()>()
-            .await
-    }
-
     /// What `range` holds, from cache and memory; `None` when some of it is not here.
     fn look<T: Held>(
         &self,
@@ -642,7 +567,7 @@ impl LazyBlob {
     }
 
     /// Has `range` fetched, and returns when all of it is here.
-    async fn ensure(
+    pub(super) async fn ensure(
         self: &Arc<Self>,
         hold: &Hold,
         range: ByteRange,

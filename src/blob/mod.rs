@@ -3,8 +3,8 @@
 //! A read, in the order of the files: [`LazyBlob::read`] (`lazy.rs`) looks into the cache; what is missing becomes requests
 //! (`plan.rs`, pure) that nobody else has under way, in this process (`flight.rs`) or another (the cache's claims); they run
 //! and fill the cache (`fetch.rs`), and the read goes on as soon as its own bytes are there. What else to fetch is decided in
-//! `prefetch.rs` (pure). A blob that is whole is hashed and sealed behind all this (`verify.rs`). Bytes that the cache
-//! cannot take are handed through memory (`overlay.rs`).
+//! `prefetch.rs` (pure); completing a blob (`complete.rs`) asks in the same way. A blob that is whole is hashed and sealed behind
+//! all this (`verify.rs`). Bytes that the cache cannot take are handed through memory (`overlay.rs`).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{Semaphore, broadcast, watch};
 
 mod budget;
+mod complete;
 #[cfg(test)]
 mod fault_tests;
 mod fetch;

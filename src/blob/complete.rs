@@ -1,0 +1,89 @@
+//! Completing a blob: what is missing of it fetched in parts, then hashed and sealed.
+
+use std::sync::Arc;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+
+use super::flight::Urgency;
+use super::lazy::{Hold, LazyBlob};
+use super::{BlobError, PARTS_AT_ONCE, Verified, plan};
+use crate::base::sync::atomic::Ordering;
+use crate::base::{ByteRange, Deadline};
+
+/// Completing a blob is given up when this many rounds found every byte and could not decide on them.
+pub(super) const ROUNDS: u32 = 3;
+
+impl LazyBlob {
+    /// Fetches what is missing, verifies and seals.
+    ///
+    /// # Errors
+    /// [`BlobError::NoRoom`] when the cache cannot hold it.
+    pub async fn complete(self: &Arc<Self>) -> Result<(), BlobError> {
+        for _ in 0..ROUNDS {
+            self.check()?;
+            if *self.verified.borrow() == Verified::Yes {
+                return Ok(());
+            }
+            // What was wrong is thrown away and fetched again: the entry is another one then.
+            let hold = self.hold();
+            self.filling.store(true, Ordering::Release);
+            self.fetch_all(&hold).await?;
+            if self.hash_what_came(&hold).await {
+                self.check()?;
+                return Ok(());
+            }
+            if hold.entry().is_none() && !self.doubted.load(Ordering::Acquire) {
+                break;
+            }
+        }
+        // It may have been decided just now.
+        self.check()?;
+        Err(BlobError::NoRoom {
+            digest: self.digest,
+            size: self.size,
+        })
+    }
+
+    /// Fetches what is missing, and no more: [`LazyBlob::complete`] without the wait for the hash. As long as the hold lives, nothing
+    /// of it is evicted.
+    ///
+    /// # Errors
+    /// As [`LazyBlob::complete`].
+    pub async fn fill(self: &Arc<Self>) -> Result<Hold, BlobError> {
+        let hold = self.hold();
+        self.check()?;
+        self.filling.store(true, Ordering::Release);
+        if *self.verified.borrow() != Verified::Yes {
+            self.fetch_all(&hold).await?;
+        }
+        Ok(hold)
+    }
+
+    async fn fetch_all(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
+        for _ in 0..ROUNDS {
+            match self.fetch_parts(hold).await {
+                // It was found wrong and thrown away under these requests: that is no want of room, and it comes once more.
+                Err(BlobError::NoRoom { .. }) if self.doubted.load(Ordering::Acquire) => {
+                    self.check()?;
+                    drop(self.hold()); // opens it anew
+                }
+                done => return done,
+            }
+        }
+        Err(BlobError::NoRoom {
+            digest: self.digest,
+            size: self.size,
+        })
+    }
+
+    async fn fetch_parts(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
+        stream::iter(plan::parts(ByteRange::new(0, self.size), 2 * plan::PART))
+            .map(|part| async move {
+                let deadline = Deadline::after(self.shared.config.read_timeout);
+                self.ensure(hold, part, Urgency::Fill, deadline).await
+            })
+            .buffered(PARTS_AT_ONCE / 2)
+            .try_collect::<()>()
+            .await
+    }
+}
