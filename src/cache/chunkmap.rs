@@ -107,24 +107,29 @@ impl ChunkMap {
         }
         let slots = bytes[HEADER as usize..]
             .chunks_exact(SLOT as usize)
-            .map(|slot| AtomicU32::new(u32::from_le_bytes([slot[0], slot[1], slot[2], slot[3]])))
-            .collect();
-        let trusted = (0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Some(Self {
-            file: Arc::new(file),
-            chunk,
-            size,
-            slots,
-            trusted,
-        }))
+            .map(|slot| u32::from_le_bytes([slot[0], slot[1], slot[2], slot[3]]));
+        Ok(Some(Self::of(file, size, slots)))
     }
 
     /// Makes `file` the empty map of a blob. The caller has the blob's exclusive lock.
-    pub(super) fn reset(file: &File, digest: &Digest, size: u64) -> io::Result<()> {
-        disk::set_len(file, 0)?;
+    pub(super) fn reset(file: File, digest: &Digest, size: u64) -> io::Result<Self> {
+        disk::set_len(&file, 0)?;
         let count = size.div_ceil(u64::from(chunk_size(size)));
-        disk::set_len(file, HEADER + count * SLOT)?;
-        disk::write(file, &header(digest, size), 0)
+        disk::set_len(&file, HEADER + count * SLOT)?;
+        disk::write(&file, &header(digest, size), 0)?;
+        let count = usize::try_from(count).map_err(|_| io::ErrorKind::InvalidInput)?;
+        Ok(Self::of(file, size, std::iter::repeat_n(0, count)))
+    }
+
+    fn of(file: File, size: u64, slots: impl ExactSizeIterator<Item = u32>) -> Self {
+        let words = slots.len().div_ceil(64);
+        Self {
+            file: Arc::new(file),
+            chunk: chunk_size(size),
+            size,
+            slots: slots.map(AtomicU32::new).collect(),
+            trusted: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     /// Bytes in a chunk; the last one may have fewer.
@@ -295,13 +300,8 @@ mod tests {
     fn map(size: u64) -> (ChunkMap, File, Digest) {
         let file = tempfile::tempfile().unwrap();
         let digest = Digest::of(b"x");
-        ChunkMap::reset(&file, &digest, size).unwrap();
         let copy = file.try_clone().unwrap();
-        (
-            ChunkMap::load(file, &digest, size).unwrap().unwrap(),
-            copy,
-            digest,
-        )
+        (ChunkMap::reset(file, &digest, size).unwrap(), copy, digest)
     }
 
     #[test]
@@ -320,6 +320,18 @@ mod tests {
         expected.extend_from_slice(&sum);
         expected.extend_from_slice(b"\0\0\0\0\xdd\xcc\xbb\xaa\x01\0\0\0");
         assert_eq!(all, expected, "another format needs another version");
+    }
+
+    #[test]
+    fn what_is_made_is_what_is_read_back() {
+        let (map, file, digest) = map(40_000);
+        let read = ChunkMap::load(file, &digest, 40_000).unwrap().unwrap();
+        let whole = ByteRange::new(0, 40_000);
+        assert_eq!(map.missing(whole), [whole]);
+        assert_eq!(read.missing(whole), [whole]);
+        assert_eq!((map.chunk, map.size), (read.chunk, read.size));
+        assert_eq!(map.slots.len(), read.slots.len());
+        assert_eq!(map.trusted.len(), read.trusted.len());
     }
 
     #[test]

@@ -199,10 +199,11 @@ impl Entry {
             if map.is_none() {
                 // Nobody else has the file open, so cutting it off can hurt nobody.
                 disk::set_len(&data, 0).map_err(failed())?;
-                ChunkMap::reset(&map_file, digest, size)
-                    .map_err(CacheError::io("write", &map_path))?;
+                let empty = map_file
+                    .try_clone()
+                    .and_then(|file| ChunkMap::reset(file, digest, size));
+                map = Some(empty.map_err(CacheError::io("write", &map_path))?);
                 disk::set_len(&data, size).map_err(failed())?;
-                map = load().map_err(CacheError::io("read", &map_path))?;
             }
             lock::shared(&data, lock::PATIENCE).map_err(failed())?;
             let metadata = data.metadata().map_err(failed())?;

@@ -21,7 +21,8 @@ pub fn chunk_map(data: &[u8]) {
     let file = File::from(memory);
     if count <= 4096 {
         // A right one with strange slots, then with whatever header came.
-        ChunkMap::reset(&file, &digest, size).expect("memory takes it");
+        let map = file.try_clone().expect("a descriptor is left");
+        ChunkMap::reset(map, &digest, size).expect("memory takes it");
         let slots = rest.get(64..).unwrap_or_default();
         let slots = &slots[..slots.len().min(count as usize * 4)];
         file.write_all_at(slots, 64).expect("memory takes it");
