@@ -6,6 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::relay::Relay;
+
+/// How long a byte is under way from or to [`Place::Distant`].
+const DISTANCE: Duration = Duration::from_millis(1);
+
 /// How a server is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -14,6 +19,8 @@ pub(crate) enum Place {
     Limited,
     /// A link like that, without the limit: every byte that crosses it is counted while it is under way.
     Counted,
+    /// Loopback, with a millisecond on the way there and another on the way back: a server in the same town.
+    Distant,
     /// docker-registry on loopback.
     Registry,
 }
@@ -24,6 +31,7 @@ impl Place {
         match self {
             Self::Loopback | Self::Counted => "loopback",
             Self::Limited => "4 Gbit/s",
+            Self::Distant => "1 ms away",
             Self::Registry => "registry",
         }
     }
@@ -37,6 +45,7 @@ pub(crate) struct Server {
     pub(crate) address: String,
     log: PathBuf,
     link: Option<Link>,
+    _relay: Option<Relay>,
 }
 
 /// What a server was asked for and sent.
@@ -63,7 +72,7 @@ impl Server {
         let link = match place {
             Place::Limited => Some(Link::up(Some("4gbit"))),
             Place::Counted => Some(Link::up(None)),
-            Place::Loopback | Place::Registry => None,
+            Place::Loopback | Place::Distant | Place::Registry => None,
         };
         let host = link.as_ref().map_or("127.0.0.1".to_owned(), Link::far);
         let address = format!("{host}:{}", free_port());
@@ -97,8 +106,14 @@ impl Server {
             address,
             log,
             link,
+            _relay: None,
         };
         server.wait("nginx");
+        if place == Place::Distant {
+            let relay = Relay::to(&server.address, DISTANCE);
+            server.address.clone_from(&relay.address);
+            server._relay = Some(relay);
+        }
         server
     }
 
@@ -125,6 +140,7 @@ impl Server {
             address,
             log,
             link: None,
+            _relay: None,
         };
         server.wait("docker-registry");
         Some(server)

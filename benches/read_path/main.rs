@@ -23,8 +23,8 @@
 //! are deleted, the disk is synchronised, and what the server sends is in the page cache for everybody. Groups make their models
 //! when they begin and delete them when they end, so that the page cache never holds more than a few gigabytes.
 //!
-//! Servers are nginx on loopback, docker-registry on loopback, and nginx behind a pair of virtual interfaces with a token bucket of
-//! 4 Gbit/s in a network namespace of its own.
+//! Servers are nginx on loopback, docker-registry on loopback, nginx behind a pair of virtual interfaces with a token bucket of
+//! 4 Gbit/s in a network namespace of its own, and nginx behind a relay that holds every byte back for a millisecond.
 //!
 //! A missed bar is printed and is no failure: figures depend on the machine.
 
@@ -48,6 +48,7 @@ mod memory;
 mod metadata;
 mod peers;
 mod readers;
+mod relay;
 mod sealed;
 mod shared;
 mod sparse;

@@ -16,12 +16,18 @@ const MODES: [(&str, &[&str], f64); 2] = [
     ("default", &[], 2.0),
 ];
 
-/// Against the same ranges over one raw connection.
+/// Against the same ranges over one raw connection, to a server on this machine and to one at a distance.
 pub(crate) fn measure(bench: &Bench, table: &mut Table) {
-    let (model, dir, place) = (bench.single(), &bench.dir, Place::Counted.name());
-    let blob = &model.blobs[0];
     // The link counts bytes while they are under way, which no access log does.
-    let server = bench.serve(model, Place::Counted);
+    for place in [Place::Counted, Place::Distant] {
+        measure_at(place, bench, table);
+    }
+}
+
+fn measure_at(place: Place, bench: &Bench, table: &mut Table) {
+    let (model, dir) = (bench.single(), &bench.dir);
+    let blob = &model.blobs[0];
+    let server = bench.serve(model, place);
     let mut wanted = vec![(0, 1 << 20)];
     wanted.extend(places(blob.size, 64 << 10, 100));
     let bytes: u64 = wanted.iter().map(|(_, length)| length).sum();
@@ -36,33 +42,22 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
                 raw = seconds(job);
                 continue;
             };
-            let (name, flags, bar) = MODES[mode];
+            let flags = MODES[mode].1;
             mount::forget(dir);
             let mount = Mount::start(&server, model, dir, flags);
-            let before = (server.crossed(), server.traffic());
+            let before = (place == Place::Counted).then(|| (server.crossed(), server.traffic()));
             let start = Instant::now();
             ours[mode] = seconds(|| ranges(&File::open(mount.file(&blob.name)).unwrap(), &wanted));
-            // What comes in the background counts as well: all of the first second.
-            std::thread::sleep(Duration::from_secs(1).saturating_sub(start.elapsed()));
-            let pulled = server.crossed() - before.0;
-            let requests = server.traffic().since(before.1).requests;
+            if let Some((crossed, traffic)) = before {
+                // What comes in the background counts as well: all of the first second.
+                std::thread::sleep(Duration::from_secs(1).saturating_sub(start.elapsed()));
+                let pulled = server.crossed() - crossed;
+                let requests = server.traffic().since(traffic).requests;
+                add_pulled(table, mode, pulled as f64, bytes as f64, requests);
+            }
             mount.stop();
-            let what = format!("1 MiB + 100 x 64 KiB, pulled in 1 s ÷ wanted, {name}");
-            table.ratio(
-                place,
-                &what,
-                Bar::at_most(bar),
-                pulled as f64 / bytes as f64,
-            );
-            let what = format!("1 MiB + 100 x 64 KiB, {name}");
-            table.add(Unit::Requests, place, &what, requests as f64);
-            table.add(
-                Unit::PulledMib,
-                place,
-                &what,
-                pulled as f64 / f64::from(1 << 20),
-            );
         }
+        let place = place.name();
         table.add(
             Unit::Milliseconds,
             place,
@@ -78,4 +73,14 @@ pub(crate) fn measure(bench: &Bench, table: &mut Table) {
         }
     }
     mount::forget(dir);
+}
+
+/// What a mode pulled within a second for bytes that were wanted, and by how many requests.
+fn add_pulled(table: &mut Table, mode: usize, pulled: f64, wanted: f64, requests: u64) {
+    let (place, (name, _, bar)) = (Place::Counted.name(), MODES[mode]);
+    let what = format!("1 MiB + 100 x 64 KiB, pulled in 1 s ÷ wanted, {name}");
+    table.ratio(place, &what, Bar::at_most(bar), pulled / wanted);
+    let what = format!("1 MiB + 100 x 64 KiB, {name}");
+    table.add(Unit::Requests, place, &what, requests as f64);
+    table.add(Unit::PulledMib, place, &what, pulled / f64::from(1 << 20));
 }
