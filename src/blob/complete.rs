@@ -1,5 +1,6 @@
 //! Completing a blob: what is missing of it fetched in parts, then hashed and sealed.
 
+use std::future::ready;
 use std::sync::Arc;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
@@ -80,10 +81,10 @@ impl LazyBlob {
         stream::iter(plan::parts(ByteRange::new(0, self.size), 2 * plan::PART))
             .map(|part| async move {
                 let deadline = Deadline::after(self.shared.config.read_timeout);
-                self.ensure(hold, part, Urgency::Fill, deadline).await
+                self.ensure(hold, part, None, Urgency::Fill, deadline).await
             })
             .buffered(PARTS_AT_ONCE / 2)
-            .try_collect::<()>()
+            .try_for_each(|_| ready(Ok(())))
             .await
     }
 }

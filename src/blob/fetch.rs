@@ -1,6 +1,8 @@
 //! A request from its begin to its end: permit, claim, bytes into the cache.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,6 +43,8 @@ const IDLE: Duration = Duration::from_secs(5);
 /// Bytes for the cache are gathered until there are so many, or a reader waits for them: each write costs a system call for
 /// the data and one for the chunk map, and a slow link gives a few KiB at a time.
 const GATHER: u64 = 256 << 10;
+/// Bytes that have come in more pieces than these are not handed on as they are: a message to the kernel has no room for so many.
+const MOST_PIECES: usize = 64;
 /// Gathered bytes are written after this long: other processes may wait for them, and a kill would lose them.
 const LINGER: Duration = Duration::from_millis(10);
 
@@ -371,7 +375,12 @@ impl LazyBlob {
                 _ => return Ok(Poured::NoRoom),
             };
             sink.gathered.push(bytes);
-            let due = sink.gathered.len >= GATHER || flight.is_awaited(sink.position());
+            let awaited = flight.is_awaited(sink.position());
+            if awaited && sink.hand(flight) {
+                // Whoever got them passes them on before this goes on.
+                yield_now().await;
+            }
+            let due = awaited || sink.gathered.len >= GATHER;
             if due && !self.write(flight, sink).await {
                 return Ok(Poured::NoRoom);
             }
@@ -608,6 +617,19 @@ enum Permit<'a> {
     None,
 }
 
+/// Lets whoever was woken go first.
+async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 enum Claimed {
     /// `None` where no claims are to be had.
     Mine(Option<Claim>),
@@ -633,6 +655,16 @@ enum Brought {
 }
 
 impl Sink<'_> {
+    /// Gives what has come and is to be written to those who want nothing else; whether there was one.
+    fn hand(&self, flight: &Flight) -> bool {
+        match &self.target {
+            Target::Cache(writer) if self.gathered.pieces.len() <= MOST_PIECES => {
+                flight.hand(writer.position(), &self.gathered.pieces)
+            }
+            _ => false,
+        }
+    }
+
     /// The offset of the next byte to come.
     fn position(&self) -> u64 {
         let at = match &self.target {

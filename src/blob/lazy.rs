@@ -1,6 +1,9 @@
 //! One lazy blob, and a read of it from top to bottom.
 
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -32,6 +35,9 @@ const COUNT_AGAIN_AFTER: Duration = Duration::from_secs(2);
 const STREAMS: usize = 3;
 /// Most servers of a blob that are remembered.
 const MOST_SOURCES: usize = 16;
+/// A reader who wants no more than this gets it before it is written to the cache. More would be given to the kernel while it is still
+/// gathered.
+const HANDED: u64 = 128 << 10;
 /// A request that somebody else began may fail for his reasons; a reader that joined it tries this often himself.
 const OWN_TRIES: u32 = 2;
 
@@ -416,8 +422,21 @@ impl LazyBlob {
         take: Take<T>,
     ) -> Result<(T, Reservation), BlobError> {
         let hold = self.hold();
+        let mut as_they_come = T::AS_THEY_COME.filter(|_| range.len() <= HANDED);
         loop {
-            self.ensure(&hold, range, Urgency::Demand, deadline).await?;
+            let wants = as_they_come.map(|_| range);
+            let came = self
+                .ensure(&hold, range, wants, Urgency::Demand, deadline)
+                .await?;
+            if let (Some(pieces), Some(take)) = (came, as_they_come) {
+                self.check()?;
+                if let Some(room) = self.shared.try_room(range.len(), Urgency::Demand) {
+                    return Ok((take(pieces), room));
+                }
+                // They are not waited with: the memory that they lie in is not theirs.
+                as_they_come = None;
+                continue;
+            }
             // Nothing only when a cached chunk turned out damaged or memory ran over meanwhile: fetch again.
             let room = self.shared.room(range.len(), Urgency::Demand);
             let Ok(room) = timeout_at(deadline.instant(), room).await else {
@@ -566,21 +585,22 @@ impl LazyBlob {
         plan::aligned(gaps, Cache::chunk(self.size), self.size)
     }
 
-    /// Has `range` fetched, and returns when all of it is here.
+    /// Has `range` fetched, and returns when all of it is here. The bytes of `wants` may be returned before, as they came.
     pub(super) async fn ensure(
         self: &Arc<Self>,
         hold: &Hold,
         range: ByteRange,
+        wants: Option<ByteRange>,
         urgency: Urgency,
         mut deadline: Deadline,
-    ) -> Result<(), BlobError> {
+    ) -> Result<Option<Vec<Bytes>>, BlobError> {
         let mut tries = 0;
         let mut passed: Option<(Arc<Flight>, ByteRange)> = None;
         loop {
             self.check()?;
             let gaps = self.missing(hold, range);
             let Some(&gap) = gaps.first() else {
-                return Ok(());
+                return Ok(None);
             };
             if self.shared.config.offline {
                 return Err(BlobError::Offline {
@@ -626,8 +646,13 @@ impl LazyBlob {
                     break;
                 }
                 let until = if in_vain { u64::MAX } else { arrived };
-                let arrival = arrival(&flight, until, &mut begun);
-                if timeout_at(deadline.instant(), arrival).await.is_err() {
+                let wants = wants.filter(|wants| !in_vain && flight.range.contains(*wants));
+                let arrival = arrival(&flight, until, wants, &mut begun);
+                let came = timeout_at(deadline.instant(), arrival).await;
+                if let Ok(Some(pieces)) = came {
+                    return Ok(Some(pieces));
+                }
+                if came.is_err() {
                     // The one stream has to come past everything before; while it moves there is hope.
                     if !flight.whole || flight.progress().0 == at {
                         return Err(late());
@@ -727,17 +752,29 @@ impl LazyBlob {
 
 /// Waits as [`Flight::arrival`] does, and does the flight's work meanwhile if that was begun here: its bytes then reach the reader
 /// without another thread.
-async fn arrival(flight: &Flight, until: u64, begun: &mut Option<Begun>) {
-    let arrival = flight.arrival(until);
-    let Some(work) = begun else {
-        return arrival.await;
-    };
-    tokio::select! {
-        biased;
-        () = arrival => return,
-        () = work => {}
-    }
-    *begun = None;
+async fn arrival(
+    flight: &Flight,
+    until: u64,
+    wants: Option<ByteRange>,
+    begun: &mut Option<Begun>,
+) -> Option<Vec<Bytes>> {
+    let mut arrival = pin!(flight.arrival(until, wants));
+    let mut first = true;
+    poll_fn(|cx| {
+        // What is waited for is said first, so that the work knows of it.
+        if std::mem::take(&mut first)
+            && let Poll::Ready(came) = arrival.as_mut().poll(cx)
+        {
+            return Poll::Ready(came);
+        }
+        if let Some(work) = begun
+            && Pin::new(work).poll(cx).is_ready()
+        {
+            *begun = None;
+        }
+        arrival.as_mut().poll(cx)
+    })
+    .await
 }
 
 /// What is known of a blob before any byte of it came: of an empty one everything.

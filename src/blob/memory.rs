@@ -17,6 +17,10 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What a reader gets.
 pub(super) trait Held: From<Bytes> {
+    /// The same bytes as they came, for a reader who passes them on at once: a small piece of what the HTTP client has received keeps
+    /// all of that in memory.
+    const AS_THEY_COME: Option<fn(Vec<Bytes>) -> Self>;
+
     /// Keeps the reservation for as long as the memory that it is for; what lies in a file takes none.
     fn with_room(self, room: Reservation) -> Self;
 
@@ -25,6 +29,8 @@ pub(super) trait Held: From<Bytes> {
 }
 
 impl Held for Bytes {
+    const AS_THEY_COME: Option<fn(Vec<Bytes>) -> Self> = None;
+
     fn with_room(self, room: Reservation) -> Self {
         Self::from_owner(Roomed {
             bytes: self,
@@ -39,9 +45,18 @@ impl Held for Bytes {
 }
 
 impl Held for Data {
+    const AS_THEY_COME: Option<fn(Vec<Bytes>) -> Self> = Some(Self::Pieces);
+
     fn with_room(self, room: Reservation) -> Self {
         match self {
             Self::Owned(bytes) => Self::Owned(bytes.with_room(room)),
+            Self::Pieces(mut pieces) => {
+                // They live and die together.
+                if let Some(first) = pieces.first_mut() {
+                    *first = std::mem::take(first).with_room(room);
+                }
+                Self::Pieces(pieces)
+            }
             Self::Mapped(_) => self,
         }
     }
@@ -49,6 +64,10 @@ impl Held for Data {
     fn with_room_now(self, shared: &Shared) -> Option<Self> {
         match self {
             Self::Owned(bytes) => bytes.with_room_now(shared).map(Self::Owned),
+            Self::Pieces(_) => {
+                let room = shared.try_room(self.len(), Urgency::Demand)?;
+                Some(self.with_room(room))
+            }
             Self::Mapped(_) => Some(self),
         }
     }

@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::base::Deadline;
-use crate::cache::CacheConfig;
+use crate::cache::{CacheConfig, Data};
 use crate::registry::{HttpVersion, RegistryConfig};
 
 /// How the server treats a blob request.
@@ -209,6 +209,40 @@ fn lazily() -> BlobConfig {
 
 const BIG: u64 = 1 << 30;
 const MIB: usize = 1 << 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_on_to_the_kernel_does_not_wait_for_the_cache() {
+    let bytes = content(3 * MIB);
+    let server = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = blobs(dir.path(), BIG, lazily());
+    let blob = blobs.open(Digest::of(&bytes), bytes.len() as u64, &server.repository());
+    let range = ByteRange::new(MIB as u64 + 5, MIB as u64 + 65_541);
+    let _hold = blob.hold();
+    let came = blob.share(range).await.unwrap();
+    let Data::Pieces(pieces) = &came else {
+        panic!("it came by way of the cache: {came:?}");
+    };
+    assert_eq!(pieces.concat(), bytes[MIB + 5..MIB + 65_541]);
+    assert_eq!(came.len(), range.len());
+    assert!(blobs.memory().0 >= range.len(), "memory that nobody counts");
+    drop(came);
+    // All the same it is kept, in whole chunks, and nothing is asked for twice.
+    let kept = async {
+        while blobs.memory().0 > 0 || blob.cached() < range.align(16 << 10, BIG).len() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), kept)
+        .await
+        .unwrap();
+    let again = blob.try_share(range).unwrap().unwrap();
+    assert!(matches!(again, Data::Mapped(_)), "{again:?}");
+    assert_eq!(server.requests().len(), 1);
+    // What is too much to be handed on in one go comes by way of the cache.
+    let more = blob.share(ByteRange::at(0, MIB as u64)).await.unwrap();
+    assert!(matches!(more, Data::Mapped(_)), "{more:?}");
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_fetches_what_it_needs_and_only_once() {

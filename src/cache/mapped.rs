@@ -19,6 +19,8 @@ use crate::base::ByteRange;
 pub enum Data {
     /// In memory of ours.
     Owned(Bytes),
+    /// The same in several places, one behind the other.
+    Pieces(Vec<Bytes>),
     /// In a mapped file.
     Mapped(Mapped),
 }
@@ -28,6 +30,7 @@ impl Data {
     pub fn len(&self) -> u64 {
         match self {
             Self::Owned(bytes) => bytes.len() as u64,
+            Self::Pieces(pieces) => pieces.iter().map(|piece| piece.len() as u64).sum(),
             Self::Mapped(mapped) => mapped.range.len(),
         }
     }

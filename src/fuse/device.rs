@@ -71,6 +71,16 @@ impl Device {
         sent(unique, written)
     }
 
+    /// Answers a request with bytes that lie in several places. There are fewer of them than a message may have (`UIO_MAXIOV` of
+    /// writev(2)).
+    pub(super) fn answer_pieces(&self, unique: u64, pieces: &[impl AsRef<[u8]>]) -> Sent {
+        let length = pieces.iter().map(|piece| piece.as_ref().len()).sum();
+        let header = Self::header(unique, 0, length);
+        let body = pieces.iter().map(|piece| IoSlice::new(piece.as_ref()));
+        let message: Vec<_> = std::iter::once(IoSlice::new(&header)).chain(body).collect();
+        sent(unique, (&self.0).write_vectored(&message))
+    }
+
     /// Answers a request with bytes that `write` puts behind the header that it is given, in one writev(2).
     pub(super) fn answer_by(
         &self,

@@ -83,6 +83,12 @@ impl Reply {
         self.give(0, bytes);
     }
 
+    /// Answers READ with these bytes, one behind the other.
+    pub fn pieces(mut self, pieces: &[impl AsRef<[u8]>]) {
+        self.given = true;
+        self.link.device.answer_pieces(self.unique, pieces);
+    }
+
     /// Answers READ.
     pub fn payload(mut self, payload: &impl Payload) {
         self.given = true;

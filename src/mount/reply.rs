@@ -93,6 +93,7 @@ impl Payload for Mapped {
 pub(super) fn reply_read(reply: Reply, node: NodeId, result: Result<Data, TreeError>) {
     match result {
         Ok(Data::Owned(bytes)) => reply.bytes(&bytes),
+        Ok(Data::Pieces(pieces)) => reply.pieces(&pieces),
         Ok(Data::Mapped(mapped)) => reply.payload(&mapped),
         Err(error) => {
             tracing::error!(?node, reason = error.chain(), "a read failed");

@@ -44,7 +44,7 @@ fn small() -> Arc<Model> {
 fn owned(data: Data) -> Bytes {
     match data {
         Data::Owned(bytes) => bytes,
-        Data::Mapped(_) => panic!("nothing is mapped here"),
+        _ => panic!("it is in memory, in one place"),
     }
 }
 

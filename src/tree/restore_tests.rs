@@ -77,7 +77,7 @@ impl Life {
         let file = self.tree.file(node, handle).unwrap();
         match file.read(0, 100).await.unwrap() {
             Data::Owned(bytes) => String::from_utf8(bytes.to_vec()).unwrap(),
-            Data::Mapped(_) => panic!("nothing is mapped here"),
+            _ => panic!("it is in memory, in one place"),
         }
     }
 }
