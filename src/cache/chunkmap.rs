@@ -205,9 +205,18 @@ impl ChunkMap {
         self.state()
     }
 
+    /// Whether `file` says that what it is the map of was found wrong. One that cannot be read says nothing.
+    pub(super) fn is_discarded(file: &File) -> bool {
+        Self::state_in(file).is_ok_and(|state| state == State::Discarded)
+    }
+
     fn state(&self) -> io::Result<State> {
+        Self::state_in(&self.file)
+    }
+
+    fn state_in(file: &File) -> io::Result<State> {
         let mut bytes = [0; 4];
-        disk::read_exact(&self.file, &mut bytes, STATE)?;
+        disk::read_exact(file, &mut bytes, STATE)?;
         Ok(match u32::from_le_bytes(bytes) {
             1 => State::Sealed,
             2 => State::Discarded,

@@ -10,8 +10,11 @@
 //!    b. under the cache's lock, if the name still leads to this file, rename to `blobs/sha256/<hex>`;
 //!    c. fsync of both directories;
 //!    d. state "sealed" in the map for other processes; e. map removed. One that stays is swept (`sweep.rs`).
-//! 4. Discarding, when the SHA-256 is wrong: state "discarded", data taken away, map removed. Whoever has them open reads on
-//!    from a file under `removed/`, and learns of it from the state.
+//! 4. Discarding, when the SHA-256 is wrong:
+//!    a. state "discarded" in the map, before anybody in this process is told: whoever is may begin the blob anew at once, and would take
+//!    the wrong bytes for those of an earlier run;
+//!    b. under the cache's lock, map removed, then data taken away: whoever finds new data finds no old map. Whoever opens the blob
+//!    between a and b does b himself. Those who have the files open read on from one under `removed/`, and learn of it from the state.
 //!
 //! Whoever uses the blob holds a shared flock(2) on the data file, which stays the same file through sealing.
 //! The file is never shortened and never punched: it may be mapped, or be read by the kernel in our place.
@@ -185,6 +188,10 @@ impl Entry {
         if map.is_none() {
             // Taking the exclusive lock gives up the shared one first, so two of us cannot wait for each other.
             if !lock::try_exclusive(&data).map_err(failed())? {
+                if ChunkMap::is_discarded(&map_file) {
+                    Self::remove_discarded(cache, digest, &data)?;
+                    return Ok(None);
+                }
                 // Somebody uses the files as they are, or is making them now.
                 crate::base::rt::pause(Duration::from_millis(2));
                 return Ok(None);
@@ -484,27 +491,28 @@ impl Entry {
     /// Step 4 of the blob's life: the content is wrong, nothing of it is kept.
     pub fn discard(&self) {
         let Some(map) = self.open_map() else { return };
+        let _ = map.set_state(State::Discarded);
         self.state.store(DISCARDED, Ordering::Release);
         self.closing.discarded.store(true, Ordering::Release);
         map.forget();
-        let _ = map.set_state(State::Discarded);
-        let data = self.cache.layout().data(&self.digest);
-        let removed = self.cache.locked(|| {
-            let metadata = self
-                .data
-                .metadata()
-                .map_err(CacheError::io("look at", &data))?;
-            if names(&data, &metadata) {
-                self.cache
-                    .take_away(&data, &self.data)
-                    .map_err(CacheError::io("remove", &data))?;
-                let _ = disk::remove(&self.cache.layout().map(&self.digest));
-            }
-            Ok(())
-        });
-        if let Err(error) = removed {
+        if let Err(error) = Self::remove_discarded(&self.cache, &self.digest, &self.data) {
             tracing::warn!(digest = %self.digest, %error, "wrong bytes stay in the cache until they are found wrong again");
         }
+    }
+
+    /// Step 4b, unless it is done.
+    fn remove_discarded(cache: &Cache, digest: &Digest, data: &File) -> Result<(), CacheError> {
+        let path = cache.layout().data(digest);
+        cache.locked(|| {
+            let metadata = data.metadata().map_err(CacheError::io("look at", &path))?;
+            if !names(&path, &metadata) {
+                return Ok(());
+            }
+            let _ = disk::remove(&cache.layout().map(digest));
+            cache
+                .take_away(&path, data)
+                .map_err(CacheError::io("remove", &path))
+        })
     }
 
     fn path(&self) -> std::path::PathBuf {

@@ -341,11 +341,11 @@ impl Cache {
         if found.kind == Kind::Sealed {
             self.unpublish_users(&found.digest)?;
         }
-        // Data before map: a map without its data is never believed.
-        disk::remove(&found.data).map_err(failed)?;
+        // Map before data: whoever finds the data gone and begins anew would take the map for his. Data without a map is begun anew too.
         if found.kind == Kind::Partial {
             let _ = disk::remove(&self.layout().map(&found.digest));
         }
+        disk::remove(&found.data).map_err(failed)?;
         Ok(true)
     }
 

@@ -54,12 +54,14 @@ impl Cache {
             });
         }
         each(&self.layout().unpacked_dir(), |path| {
-            if lock::try_exclusive(&disk::open(path, Access::Read)?)? {
+            let file = disk::open(path, Access::Read)?;
+            if lock::try_exclusive(&file)? {
                 disk::remove(path)?;
             }
             Ok(())
         });
         each(&self.layout().partial_dir(), sweep_map);
+        each(&self.layout().partial_dir(), sweep_data);
     }
 }
 
@@ -81,6 +83,28 @@ fn sweep_map(path: &Path) -> io::Result<()> {
     if lock::try_exclusive(&mine)? {
         disk::remove(path)?;
         disk::remove(&data)?;
+    }
+    Ok(())
+}
+
+/// Removes data without a map, of which nothing counts as present: a power cut may keep one removal and lose the other. Whoever has just
+/// made it and not locked it yet finds it gone, and begins again.
+fn sweep_data(path: &Path) -> io::Result<()> {
+    let is_missing = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+    let orphan = path
+        .extension()
+        .is_some_and(|extension| extension == "data")
+        && fs::symlink_metadata(path.with_extension("map")).is_err_and(is_missing);
+    if !orphan {
+        return Ok(());
+    }
+    // Locked until it is gone, so that it is the same file all the while.
+    let data = disk::open(path, Access::Read)?;
+    if lock::try_exclusive(&data)? {
+        let (now, open) = (fs::symlink_metadata(path)?, data.metadata()?);
+        if (now.dev(), now.ino()) == (open.dev(), open.ino()) {
+            disk::remove(path)?;
+        }
     }
     Ok(())
 }

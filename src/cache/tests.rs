@@ -248,6 +248,34 @@ fn a_discarded_blob_leaves_nothing_and_can_begin_again() {
 }
 
 #[test]
+fn whoever_opens_a_blob_that_is_being_discarded_does_not_wait_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (cache(dir.path(), 1 << 30), cache(dir.path(), 1 << 30));
+    let digest = Digest::of(b"something else");
+    let entry = Arc::new(a.entry(&digest, 50_000).unwrap());
+    let part = content(6, 50_000);
+    entry.writer(whole(&entry)).unwrap().push(&part).unwrap();
+    // Another process has found it wrong and said so, and was stopped before it took the files away.
+    let map = fs::OpenOptions::new().write(true).open(
+        a.layout()
+            .partial_dir()
+            .join(format!("{}.map", digest.hex())),
+    );
+    map.unwrap().write_all_at(&2_u32.to_le_bytes(), 56).unwrap();
+    let anew = Arc::new(b.entry(&digest, 50_000).unwrap());
+    assert_eq!(anew.missing(whole(&anew)), [whole(&anew)]);
+    // It goes on and takes away what is its own to take.
+    entry.refresh(whole(&entry)).unwrap();
+    assert!(entry.is_discarded());
+    entry.discard();
+    assert!(a.layout().data(&digest).exists() && a.layout().map(&digest).exists());
+    anew.writer(whole(&anew)).unwrap().push(&part).unwrap();
+    drop((entry, anew));
+    let kept = b.entry(&digest, 50_000).unwrap();
+    assert!(kept.has(whole(&kept)), "the new one kept its map");
+}
+
+#[test]
 fn a_stale_map_does_not_vouch_for_new_data() {
     let dir = tempfile::tempdir().unwrap();
     let cache = cache(dir.path(), 1 << 30);

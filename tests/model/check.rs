@@ -4,8 +4,8 @@
 //! `base::sync` and `base::rt` exchanged for those that a scheduler of ours drives: it decides at each of them who goes on, and a
 //! reader that nobody wakes is a deadlock that it reports. The cache works on real files; the registry is a few lines.
 //!
-//! `SHUTTLE_RANDOM_SEED`, as a failure prints it, repeats a
-//! schedule. `OCIFS_TEST_SCALE=full` tries ten times as many.
+//! A few seeds are tried, the same ones each time; `OCIFS_MODEL_SEEDS=100` tries so many, `OCIFS_TEST_SCALE=full` fifty.
+//! `SHUTTLE_RANDOM_SEED`, as a failure prints it, repeats a schedule.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 #![allow(
