@@ -804,6 +804,18 @@ impl Hold {
         lock(&self.blob.slot).entry.clone()
     }
 
+    /// The blob's entry when it is sealed and its file can be read from the disk, for who reads that without us.
+    pub fn readable(&self) -> Option<Arc<Entry>> {
+        let entry = self.entry().filter(|entry| entry.is_sealed())?;
+        match entry.probe() {
+            Ok(()) => Some(entry),
+            Err(error) => {
+                self.blob.distrust(&entry, &error);
+                None
+            }
+        }
+    }
+
     /// Which opening of the blob this is.
     pub(super) fn opening(&self) -> u64 {
         lock(&self.blob.slot).opening

@@ -250,6 +250,32 @@ pub(super) fn has_lost_bytes(file: &File) -> bool {
     })
 }
 
+/// Reads a little of a file of `len` bytes from the disk itself, whatever is in memory; well where the file system knows no such reads.
+pub(super) fn probe(file: &File, len: u64) -> io::Result<()> {
+    /// What such reads are multiples of, on every disk in use.
+    const BLOCK: usize = 4096;
+    step(Step::Read(file, 0), || {
+        let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT;
+        let direct = match rustix::fs::openat(CWD, again, flags, Mode::empty()) {
+            Ok(direct) => direct,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let mut buffer = [0; 2 * BLOCK];
+        let skip = buffer.as_ptr().align_offset(BLOCK);
+        let block = &mut buffer[skip..skip + BLOCK];
+        let at = len.saturating_sub(1) / BLOCK as u64 * BLOCK as u64;
+        loop {
+            match rustix::io::pread(&direct, &mut *block, at) {
+                Err(Errno::INTR) => {}
+                Ok(_) | Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    })
+}
+
 /// Makes renames, removals and new names in `dir` durable.
 pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     step(Step::SyncDir(dir), || File::open(dir)?.sync_all())

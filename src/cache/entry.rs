@@ -42,6 +42,9 @@ const TOUCH_AFTER: Duration = Duration::from_secs(1);
 /// So many milliseconds pass before the disk is asked again whether it has lost bytes.
 const ASK_AFTER: u64 = 500;
 
+/// So many milliseconds pass before a file is read from the disk itself again, to see whether that goes.
+const PROBE_AFTER: u64 = 250;
+
 /// Fewer bytes than these are copied: that costs less than two system calls with a page table between them.
 const MAP_FROM: u64 = 32 << 10;
 
@@ -57,6 +60,8 @@ pub struct Entry {
     state: AtomicU8,
     /// All of the data file, made when it is first of use; `None` where it cannot be had.
     mapping: OnceLock<Option<Arc<Map>>>,
+    /// When a sealed file was last read from the disk itself, in milliseconds after [`Entry::opened`]; 0 before the first time.
+    probed: AtomicU64,
     /// When the disk was last asked whether it has lost bytes, in milliseconds after [`Entry::opened`].
     asked: AtomicU64,
     opened: Instant,
@@ -121,6 +126,7 @@ impl Entry {
             map: None,
             state: AtomicU8::new(SEALED),
             mapping: OnceLock::new(),
+            probed: AtomicU64::new(0),
             asked: AtomicU64::new(0),
             opened: Instant::now(),
             closing: Closing::new(cache),
@@ -227,6 +233,7 @@ impl Entry {
             map: Some(map),
             state: AtomicU8::new(PARTIAL),
             mapping: OnceLock::new(),
+            probed: AtomicU64::new(0),
             asked: AtomicU64::new(0),
             opened: Instant::now(),
             closing: Closing::new(cache),
@@ -261,6 +268,23 @@ impl Entry {
     /// The unit in which bytes become present.
     pub fn chunk(&self) -> u64 {
         self.map.as_ref().map_or(1, ChunkMap::chunk)
+    }
+
+    /// Whether the disk still gives what is on it, whatever the kernel has in memory: for those who are about to read [`Entry::file`]
+    /// without us, who would be told by nobody else.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn probe(&self) -> Result<(), CacheError> {
+        let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let last = self.probed.load(Ordering::Relaxed);
+        if last > 0 && now < last.saturating_add(PROBE_AFTER) {
+            return Ok(());
+        }
+        disk::probe(&self.data, self.size)
+            .map_err(|error| CacheError::io("read", &self.path())(error))?;
+        self.probed.store(now.max(1), Ordering::Relaxed);
+        Ok(())
     }
 
     fn open_map(&self) -> Option<&ChunkMap> {

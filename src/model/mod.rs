@@ -312,10 +312,10 @@ pub enum FileHold {
 }
 
 impl FileHold {
-    /// The cache's entry of the blob that the file lies in, where it lies in one.
-    pub fn entry(&self) -> Option<Arc<cache::Entry>> {
+    /// The cache's entry of the blob that the file lies in, where it lies in one that is sealed and can be read from the disk.
+    pub fn readable(&self) -> Option<Arc<cache::Entry>> {
         match self {
-            Self::Blob(hold) => hold.entry(),
+            Self::Blob(hold) => hold.readable(),
             Self::Unpacked(_) => None,
         }
     }

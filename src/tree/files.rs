@@ -19,7 +19,16 @@ impl Tree {
             .bindings()
             .hold_artifact(shown.digest(), self.0.config.tag_ttl);
         let file = OpenFile::new(shown, &path)?;
-        let sealed = file.sealed();
+        let sealed = if self.0.modes.possible() {
+            file.sealed()
+        } else {
+            None
+        };
+        if sealed.is_none() && self.0.modes.lost(node) {
+            // Its disk has failed, or it was evicted behind our back. The kernel looks the name up anew on this answer, and finds a node
+            // whose handles go through us.
+            return Err(TreeError::Stale(node.0));
+        }
         let direct = self.0.modes.enter(node, sealed.is_some());
         Ok(Opened {
             handle: self.0.handles.add_file(node, file, hold),

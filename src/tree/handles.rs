@@ -43,10 +43,10 @@ impl OpenFile {
         }
     }
 
-    /// The cache's file, when the whole of it is the content of this file and it is sealed.
+    /// The cache's file, when the whole of it is the content of this file, it is sealed and its disk works.
     pub(super) fn sealed(&self) -> Option<Arc<cache::Entry>> {
-        let entry = self.hold.as_ref()?.entry()?;
-        (self.file().is_whole_blob() && entry.is_sealed()).then_some(entry)
+        let hold = self.hold.as_ref().filter(|_| self.file().is_whole_blob());
+        hold?.readable()
     }
 
     fn file(&self) -> &File {

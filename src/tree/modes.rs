@@ -2,7 +2,8 @@
 //!
 //! The kernel takes one way for all who have a node open (`fuse_inode_uncached_io_start` in fs/fuse/iomode.c): an open that is
 //! answered the other way fails. So the first open decides, for as long as any handle or mapping of the node lives. A blob
-//! that is sealed while its file is open through us gets a second node for the same file, which new lookups lead to.
+//! that is sealed while its file is open through us gets a second node for the same file, which new lookups lead to. So does one whose
+//! cache file can no longer be read while the kernel reads it for older handles: those get the disk's errors, new ones go through us.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -25,6 +26,8 @@ pub(super) struct Modes {
 struct Open {
     handles: usize,
     direct: bool,
+    /// Past us, to a file that can no longer be read.
+    lost: bool,
 }
 
 impl Modes {
@@ -51,6 +54,7 @@ impl Modes {
         let open = all.entry(node).or_insert(Open {
             handles: 0,
             direct: sealed && self.possible(),
+            lost: false,
         });
         open.handles += 1;
         open.direct
@@ -59,7 +63,11 @@ impl Modes {
     /// Counts a handle that another process gave out.
     pub(super) fn adopt(&self, node: NodeId, direct: bool) {
         let mut all = lock(&self.open);
-        let open = all.entry(node).or_insert(Open { handles: 0, direct });
+        let open = all.entry(node).or_insert(Open {
+            handles: 0,
+            direct,
+            lost: false,
+        });
         open.handles += 1;
     }
 
@@ -77,6 +85,17 @@ impl Modes {
     /// Whether a node is open through us.
     pub(super) fn is_held(&self, node: NodeId) -> bool {
         lock(&self.open).get(&node).is_some_and(|open| !open.direct)
+    }
+
+    /// The file of a node that is opened cannot be read without us; whether its handles go past us, so that none may join them.
+    pub(super) fn lost(&self, node: NodeId) -> bool {
+        let mut all = lock(&self.open);
+        let direct = all.get_mut(&node).filter(|open| open.direct);
+        direct.map(|open| open.lost = true).is_some()
+    }
+
+    fn is_lost(&self, node: NodeId) -> bool {
+        lock(&self.open).get(&node).is_some_and(|open| open.lost)
     }
 
     /// The node that a lookup of `node` leads to.
@@ -97,10 +116,14 @@ impl Modes {
             path: path.clone(),
             direct: true,
         };
+        let (first_id, second_id) = (table.id(node), table.id(&second));
+        if self.is_lost(second_id) {
+            return Cow::Borrowed(node);
+        }
         // Once the kernel has it, the name stays with it.
-        let promoted = table.holds(table.id(&second))
-            || (self.is_held(table.id(node))
-                && shown.file(path).is_some_and(|file| file.is_sealed()));
+        let promoted = table.holds(second_id)
+            || self.is_lost(first_id)
+            || (self.is_held(first_id) && shown.file(path).is_some_and(|file| file.is_sealed()));
         if promoted {
             Cow::Owned(second)
         } else {
@@ -138,5 +161,18 @@ mod tests {
         }
         assert!(!modes.enter(node, true));
         assert!(lock(&modes.open).len() == 1);
+    }
+
+    #[test]
+    fn a_file_that_is_lost_is_so_until_its_last_handle_is_closed() {
+        let modes = Modes::new(true);
+        let (past, through) = (NodeId(7), NodeId(8));
+        assert!(!modes.lost(past), "nobody has it open");
+        assert!(modes.enter(past, true) && !modes.enter(through, false));
+        assert!(modes.lost(past) && !modes.lost(through));
+        assert!(modes.is_lost(past) && !modes.is_lost(through));
+        modes.leave(past);
+        assert!(!modes.is_lost(past));
+        assert!(!modes.enter(past, false), "begun anew");
     }
 }

@@ -278,6 +278,56 @@ fn a_disk_that_dies_below_the_cache_is_done_without_and_used_again_when_it_is_ba
     mount.unmount();
 }
 
+/// Handles that the kernel reads without us are told of their disk by the kernel; whoever opens the same file after it has failed is
+/// served from the registry, beside them.
+#[test]
+fn what_is_opened_after_the_disk_has_died_comes_from_the_registry() {
+    let model = Model::new(8250, 2, 3 * MIB + 4321);
+    let disk = FileSystem::ext4(64 * MIB);
+    let cache = disk.cache();
+    let mount = Mount::start(&cache, ["--prefetch", "none"]);
+    if status(&mount)["passthrough"] != true {
+        println!("this kernel has no passthrough");
+        return;
+    }
+    for file in 0..model.count {
+        model.read(&mount, file);
+        model.until_sealed(&cache, file);
+        mount.verified(&model.file(file));
+    }
+    let open = |file: u64| File::open(mount.path(&model.file(file))).unwrap();
+    let old = open(0);
+    assert_eq!(
+        mount.xattr(&model.file(0), "user.ocifs.served").as_deref(),
+        Some("passthrough")
+    );
+    // What the kernel has of the cache's files in memory goes, so that the disk is asked.
+    for file in 0..model.count {
+        let sealed = File::open(model.sealed(&cache, file)).unwrap();
+        sealed.sync_all().unwrap();
+        rustix::fs::fadvise(&sealed, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    disk.die(false);
+    let mut bytes = vec![0; model.size as usize];
+    let error = old.read_exact_at(&mut bytes, 0).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
+    // A disk that worked a moment ago is believed to.
+    std::thread::sleep(Duration::from_millis(300));
+    // Twice, and with the first ones held open.
+    let new: Vec<_> = (0..2).flat_map(|_| [open(0), open(1)]).collect();
+    for (at, file) in new.iter().enumerate() {
+        bytes.fill(0);
+        file.read_exact_at(&mut bytes, 0)
+            .unwrap_or_else(|error| panic!("{at}: {error}: {}", mount.log()));
+        assert!(bytes == model.bytes(at as u64 % 2), "{at}");
+    }
+    model.read_all(&mount);
+    assert!(old.read_exact_at(&mut bytes, 0).is_err());
+    drop((old, new));
+    model.read_all(&mount);
+    mount.unmount();
+}
+
 #[test]
 fn power_cuts_lose_no_sealed_blob_and_bring_no_wrong_byte() {
     let _heavy = heavy();
