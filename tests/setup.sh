@@ -15,7 +15,7 @@ packages=(
     docker-registry skopeo apache2-utils nginx-light iproute2 jq
     buildah umoci zstd gzip
     fio squashfs-tools nftables g++
-    attr rsync tar diffutils findutils procps
+    attr rsync tar diffutils findutils procps patch
     systemd systemd-container dbus dbus-user-session libpam-systemd passwd dpkg-dev
     python3 python3-venv python3-torch python3-prometheus-client mandoc
 )
