@@ -671,7 +671,12 @@ impl LazyBlob {
         gaps: &[ByteRange],
         urgency: Urgency,
     ) -> (Arc<Flight>, Option<Begun>) {
-        let part = self.part_size();
+        // What lies in one part is one request, however large the parts are.
+        let small = |gap: &ByteRange| gap.start() / plan::PART == (gap.end() - 1) / plan::PART;
+        let part = match gaps.iter().all(small) {
+            true => plan::PART,
+            false => self.part_size(),
+        };
         let mut state = lock(&self.state);
         let mut begun = Vec::new();
         let first = gaps[0].start();

@@ -244,7 +244,11 @@ struct Foreground(Arc<Shared>);
 
 impl Shared {
     fn foreground(self: &Arc<Self>) -> Foreground {
-        self.foreground.send_modify(|count| *count += 1);
+        // Only that nobody waits any more is waited for.
+        self.foreground.send_if_modified(|count| {
+            *count += 1;
+            false
+        });
         self.readers.wait(true);
         Foreground(Arc::clone(self))
     }
@@ -262,7 +266,10 @@ impl Shared {
 
 impl Drop for Foreground {
     fn drop(&mut self) {
-        self.0.foreground.send_modify(|count| *count -= 1);
+        self.0.foreground.send_if_modified(|count| {
+            *count -= 1;
+            *count == 0
+        });
         self.0.readers.wait(false);
     }
 }

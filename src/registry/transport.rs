@@ -23,6 +23,8 @@ use super::pool::{Pool, PoolError};
 use super::{HttpVersion, RegistryConfig, RegistryError, tls};
 use crate::base::{Instant, Secret, lock};
 
+/// Most addresses whose roots are kept.
+const MOST_ROOTS: usize = 256;
 /// Most redirects in a row.
 const MOST_REDIRECTS: usize = 10;
 /// Most bytes of an error's body that are read.
@@ -109,6 +111,8 @@ pub(super) struct Transport {
     plain: PlainHosts,
     /// What loopback servers speak; forgotten when a request to them fails.
     near_speak: Mutex<HashMap<String, Speaks>>,
+    /// Of each address its root in the clear and under TLS, where that was needed: every request asks for it.
+    roots: Mutex<HashMap<String, [Option<Url>; 2]>>,
     hello: Vec<u8>,
     stall_timeout: Duration,
     answers: Arc<Answers>,
@@ -193,6 +197,7 @@ impl Transport {
             hosts: Hosts::new(config.max_connections),
             plain: PlainHosts::new(&config.plain_http),
             near_speak: Mutex::default(),
+            roots: Mutex::default(),
             hello: tls::client_hello(),
             stall_timeout: config.stall_timeout,
             answers,
@@ -216,17 +221,27 @@ impl Transport {
 
     /// `https://address/` or `http://address/`.
     pub(super) async fn root(&self, address: &str) -> Result<Url, RegistryError> {
-        let scheme = if self.plain.lists(address)
-            || (is_loopback(host_of(address)) && self.near_speaks(address).await != Speaks::Tls)
+        let clear = self.plain.lists(address)
+            || (is_loopback(host_of(address)) && self.near_speaks(address).await != Speaks::Tls);
+        let mut roots = lock(&self.roots);
+        if let Some(root) = roots
+            .get(address)
+            .and_then(|both| both[usize::from(clear)].clone())
         {
-            "http"
-        } else {
-            "https"
-        };
-        Url::parse(&format!("{scheme}://{address}/")).map_err(|error| RegistryError::Protocol {
-            what: address.to_owned(),
-            reason: format!("not an address: {error}"),
-        })
+            return Ok(root);
+        }
+        let scheme = if clear { "http" } else { "https" };
+        let root = Url::parse(&format!("{scheme}://{address}/")).map_err(|error| {
+            RegistryError::Protocol {
+                what: address.to_owned(),
+                reason: format!("not an address: {error}"),
+            }
+        })?;
+        if roots.len() >= MOST_ROOTS {
+            roots.clear();
+        }
+        roots.entry(address.to_owned()).or_default()[usize::from(clear)] = Some(root.clone());
+        Ok(root)
     }
 
     /// What a loopback server speaks.
