@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use super::disk;
 use super::lock::Claim;
-use crate::base::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::base::sync::atomic::{AtomicU32, AtomicU64, Ordering, zeros};
 use crate::base::{ByteRange, Digest};
 
 const MAGIC: &[u8; 8] = b"OCIFSMAP";
@@ -107,7 +107,8 @@ impl ChunkMap {
         }
         let slots = bytes[HEADER as usize..]
             .chunks_exact(SLOT as usize)
-            .map(|slot| u32::from_le_bytes([slot[0], slot[1], slot[2], slot[3]]));
+            .map(|slot| AtomicU32::new(u32::from_le_bytes([slot[0], slot[1], slot[2], slot[3]])))
+            .collect();
         Ok(Some(Self::of(file, size, slots)))
     }
 
@@ -118,16 +119,16 @@ impl ChunkMap {
         disk::set_len(&file, HEADER + count * SLOT)?;
         disk::write(&file, &header(digest, size), 0)?;
         let count = usize::try_from(count).map_err(|_| io::ErrorKind::InvalidInput)?;
-        Ok(Self::of(file, size, std::iter::repeat_n(0, count)))
+        Ok(Self::of(file, size, zeros(count)))
     }
 
-    fn of(file: File, size: u64, slots: impl ExactSizeIterator<Item = u32>) -> Self {
+    fn of(file: File, size: u64, slots: Box<[AtomicU32]>) -> Self {
         let words = slots.len().div_ceil(64);
         Self {
             file: Arc::new(file),
             chunk: chunk_size(size),
             size,
-            slots: slots.map(AtomicU32::new).collect(),
+            slots,
             trusted: (0..words).map(|_| AtomicU64::new(0)).collect(),
         }
     }

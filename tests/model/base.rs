@@ -28,6 +28,10 @@ pub mod sync {
         pub use shuttle::sync::atomic::{
             AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
         };
+
+        pub fn zeros(count: usize) -> Box<[AtomicU32]> {
+            (0..count).map(|_| AtomicU32::new(0)).collect()
+        }
     }
 
     pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
