@@ -176,13 +176,13 @@ impl Ocifs {
             Err(error) => return reply.error(errno(&error)),
         };
         if let Some(result) = file.try_read(offset, size) {
-            self.meter.read(length(&result), None);
+            self.meter.read(result.as_ref().ok().map(Data::len), None);
             return reply_read(reply, node, result);
         }
         let (meter, asked) = (Arc::clone(&self.meter), Instant::now());
         start(&self.runtime, async move {
             if let Some((reply, result)) = reply.wait(file.read(offset, size)).await {
-                meter.read(length(&result), Some(asked.elapsed()));
+                meter.read(result.as_ref().ok().map(Data::len), Some(asked.elapsed()));
                 reply_read(reply, node, result);
             }
         });
@@ -233,14 +233,6 @@ impl Ocifs {
             name_max: NAME_MAX,
         }
     }
-}
-
-/// How many bytes a read gets.
-fn length(result: &Result<Data, TreeError>) -> Option<usize> {
-    result.as_ref().ok().map(|data| match data {
-        Data::Owned(bytes) => bytes.len(),
-        Data::Mapped(mapped) => mapped.len(),
-    })
 }
 
 /// Names, kinds and numbers alone.

@@ -39,12 +39,12 @@ impl Meter {
     }
 
     /// A read is answered: with so many bytes, or an error; after `waited`, or at once.
-    pub(super) fn read(&self, bytes: Option<usize>, waited: Option<Duration>) {
+    pub(super) fn read(&self, bytes: Option<u64>, waited: Option<Duration>) {
         match (bytes, waited) {
             (None, _) => self.failed.add(1),
-            (Some(bytes), None) => self.cached.add(bytes as u64),
+            (Some(bytes), None) => self.cached.add(bytes),
             (Some(bytes), Some(waited)) => {
-                self.fetched.add(bytes as u64);
+                self.fetched.add(bytes);
                 self.waits.observe(waited);
             }
         }
