@@ -4,6 +4,7 @@ pub(crate) mod machine;
 pub(crate) mod models;
 pub(crate) mod mount;
 pub(crate) mod options;
+pub(crate) mod relay;
 pub(crate) mod servers;
 pub(crate) mod table;
 

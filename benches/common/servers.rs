@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::relay::Relay;
+use super::relay::Relay;
 
 /// How long a byte is under way from or to [`Place::Distant`].
 const DISTANCE: Duration = Duration::from_millis(1);

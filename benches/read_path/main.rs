@@ -48,7 +48,6 @@ mod memory;
 mod metadata;
 mod peers;
 mod readers;
-mod relay;
 mod sealed;
 mod shared;
 mod sparse;

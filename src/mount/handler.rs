@@ -18,7 +18,7 @@ use super::reply::{
 };
 use crate::base::start;
 use crate::fuse::{self, Backing, Forgets, Handler, Listing, Operation, Reply, StatFs, open};
-use crate::tree::{Data, DirEntry, HandleId, NodeId, Opened, Tree, TreeError, Way};
+use crate::tree::{Data, DirEntry, HandleId, NodeId, Opened, Tree, Way};
 
 /// Unit of statfs, bytes.
 const STATFS_UNIT: u32 = 4096;
