@@ -245,6 +245,24 @@ fn documents() -> Vec<PathBuf> {
 }
 
 #[test]
+fn links_within_the_repository_lead_somewhere() {
+    let mut count = 0;
+    for path in documents() {
+        let text = fs::read_to_string(&path).unwrap();
+        for link in text.split("](").skip(1) {
+            let target = link.split([')', '#']).next().unwrap();
+            if target.is_empty() || target.contains("://") {
+                continue;
+            }
+            let there = path.parent().unwrap().join(target);
+            assert!(there.exists(), "{}: {target}", path.display());
+            count += 1;
+        }
+    }
+    assert!(count > 10, "{count} links");
+}
+
+#[test]
 fn every_command_that_is_shown_can_be_typed() {
     let (mut count, mut mistakes) = (0, Vec::new());
     for path in documents() {
