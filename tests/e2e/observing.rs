@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer};
 use crate::support::content::Content;
+use crate::support::held::Held;
 use crate::support::http;
 use crate::support::model::SampleModel;
 use crate::support::mount::{Mount, ocifs, run_ocifs};
@@ -161,6 +162,29 @@ fn an_address_that_is_taken_is_told_before_anything_is_mounted() {
     assert!(
         said.contains("for metrics") && said.contains("in use"),
         "{said}"
+    );
+}
+
+#[test]
+fn metrics_go_on_with_the_process_that_takes_over_and_a_mount_for_all_is_warned_of() {
+    let cache = scratch("cache");
+    let address = free_address();
+    let flag = format!("--metrics={address}");
+    let held = Held::start(cache.path(), [flag.as_str(), "--allow-other"]);
+    let (first, _) = metrics(address);
+    assert_eq!(first["ocifs_takeovers"], 0.0);
+    held.kill_daemon();
+    let second = eventually(PATIENCE, "the next process has metrics", || {
+        http::get(address, "/metrics", &[]).ok()?;
+        Some(metrics(address).0)
+    });
+    assert_eq!(second["ocifs_takeovers"], 1.0);
+    // Whoever may read with root's credentials, and that no rule bounds what, is said where one looks.
+    assert_eq!(held.status()["openToAll"], true);
+    let shown = run_ocifs(["status", held.root().to_str().unwrap()]).ok();
+    assert!(
+        shown.contains("every local user can read") && shown.contains("`allow` bounds it"),
+        "{shown}"
     );
 }
 

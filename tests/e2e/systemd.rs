@@ -122,6 +122,19 @@ fn a_service_starts_restarts_is_killed_and_stops_under_its_readers() {
         booted.sh("findmnt --noheadings --output SOURCE,FSTYPE --raw /models"),
         "ocifs fuse.ocifs"
     );
+    // What it says is in the journal, values as fields.
+    let told = eventually(PATIENCE, "the journal has it", || {
+        let entry = booted.sh("journalctl --no-pager -o json OCIFS_PATH=/models | head -n 1");
+        serde_json::from_str::<Value>(&entry).ok()
+    });
+    assert_eq!(
+        (
+            &told["MESSAGE"],
+            &told["SYSLOG_IDENTIFIER"],
+            &told["_SYSTEMD_UNIT"]
+        ),
+        (&json!("mounted"), &json!("ocifs"), &json!(unit))
+    );
     let model = booted.path(&format!("/models/{MODEL}"));
     let mut readers = Readers::start(&machine.published, &model, &READERS);
     let mut pid = main_process(&booted, unit);
