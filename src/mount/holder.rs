@@ -32,6 +32,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::UnmountFlags;
 use rustix::net::{
@@ -462,12 +463,15 @@ impl<'a> Holder<'a> {
             Next::Start => return decided,
             Next::End => {}
             Next::TakeDown => self.take_down(),
-            Next::GiveUp => say(&format!(
-                "the daemon died {} times in {:?}, at last because {}: the mount is given up, and its readers get errors",
-                self.deaths.len(),
-                self.plan.tries.within,
-                self.reason
-            )),
+            Next::GiveUp => {
+                say(&format!(
+                    "the daemon died {} times in {:?}, at last because {}: the mount is given up, and its readers get errors",
+                    self.deaths.len(),
+                    self.plan.tries.within,
+                    self.reason
+                ));
+                self.abort();
+            }
         }
         self.clean(decided);
         decided
@@ -498,6 +502,28 @@ impl<'a> Holder<'a> {
             && let Err(error) = umount::detach(path, UnmountFlags::DETACH)
         {
             say(&format!("{error}"));
+        }
+    }
+
+    /// Ends the connection, whoever else has the device open: a daemon that was killed keeps it while a thread of it waits in the
+    /// kernel for what only an answer would bring. The mount stays where it is, so that its readers see that it is dead. For root;
+    /// for others the connection ends with the last descriptor.
+    fn abort(&self) {
+        let Some(path) = &self.plan.point else {
+            return;
+        };
+        if point::find(path).is_err() {
+            return;
+        }
+        // What is open is busy, so `umount_begin` (fs/fuse/inode.c) ends the connection and nothing is unmounted.
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let Ok(_busy) = rustix::fs::open(path, flags, rustix::fs::Mode::empty()) else {
+            return;
+        };
+        if let Err(error) = rustix::mount::unmount(path, UnmountFlags::FORCE)
+            && !matches!(error, Errno::BUSY | Errno::PERM)
+        {
+            say(&format!("the connection cannot be ended: {error}"));
         }
     }
 

@@ -428,6 +428,8 @@ fn a_daemon_that_keeps_dying_is_given_up_with_an_error_and_the_point_can_be_moun
         held.daemon();
     }
     assert!(!reader.is_finished(), "it waits");
+    // As a killed daemon has it open while one of its threads waits in the kernel.
+    let _stuck = held.device();
     held.kill_daemon();
     let end = Instant::now() + PATIENCE;
     while !reader.is_finished() {

@@ -2,12 +2,15 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -104,6 +107,19 @@ impl Held {
         let daemon = eventually(PATIENCE, "the holder starts a daemon", started);
         kill(daemon, Signal::KILL);
         daemon
+    }
+
+    /// The FUSE device that the holder keeps, opened no second time.
+    pub fn device(&self) -> OwnedFd {
+        let opened = fs::read_dir(format!("/proc/{}/fd", self.holder)).unwrap();
+        let device = opened.flatten().find(|entry| {
+            fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"))
+        });
+        let number = device.expect("it keeps one").file_name();
+        let number = number.to_str().unwrap().parse().unwrap();
+        let pid = Pid::from_raw(self.holder.try_into().unwrap()).unwrap();
+        let holder = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        pidfd_getfd(holder, number, PidfdGetfdFlags::empty()).unwrap()
     }
 
     /// The daemon that the holder has started, however far that one is.
