@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Each layer and those that it may name. `base` is everybody's.
 const LAYERS: &[(&str, &[&str])] = &[
@@ -27,7 +28,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "config", "mount", "tree", "model", "blob", "cache", "registry", "serve", "pack",
+            "config", "mount", "fuse", "tree", "model", "blob", "cache", "registry", "http",
+            "serve", "pack",
         ],
     ),
 ];
@@ -143,4 +145,23 @@ fn the_environment_and_the_terminal_are_for_the_command_line_alone() {
             assert!(found.is_none(), "{}: {found:?}", path.display());
         }
     }
+}
+
+#[test]
+fn planted_bugs_still_fit_the_sources() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut count = 0;
+    for entry in fs::read_dir(root.join("tests/planted")).unwrap() {
+        let path = entry.unwrap().path();
+        let fits = Command::new("patch")
+            .args(["--dry-run", "--quiet", "--strip=1", "--input"])
+            .arg(&path)
+            .current_dir(root)
+            .output()
+            .expect("tests/setup.sh installs patch");
+        let said = String::from_utf8_lossy(&fits.stdout);
+        assert!(fits.status.success(), "{}: {said}", path.display());
+        count += 1;
+    }
+    assert!(count >= 6, "{count} patches");
 }
