@@ -19,7 +19,7 @@
 //!              └ registry references, credentials, tokens, ranged reads, retries, push
 //! runner                  (feature `runner`) text from a model directory; a program of its own that reads plain files
 //! serve, pack             the other direction: an OCI layout as a registry, a directory as an artifact
-//! http                    a server's connections, for `serve` and the runner
+//! http                    a server's connections, for `serve`, metrics and the runner
 //! base                    value types of all layers
 //! ```
 //!
