@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -88,7 +88,7 @@ pub fn run_with_input(command: &mut Command, input: &[u8], limit: Duration) -> O
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let mut child = match command.spawn() {
+    let mut child = match spawn(command) {
         Ok(child) => child,
         Err(error) => {
             panic!("cannot run {shown}: {error}; tests/setup.sh installs what the tests need")
@@ -121,6 +121,20 @@ pub fn run_with_input(command: &mut Command, input: &[u8], limit: Duration) -> O
         stdout,
         stderr: String::from_utf8_lossy(&stderr).into_owned(),
         shown,
+    }
+}
+
+/// Starts a command. A program that a test has just written may still be open in a child of another test, between its fork(2) and
+/// its exec(2): that is over in a moment.
+fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    let end = Instant::now() + super::PATIENCE;
+    loop {
+        match command.spawn() {
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
     }
 }
 
@@ -158,7 +172,7 @@ impl Daemon {
             .stdout(file.try_clone().unwrap())
             .stderr(file)
             .process_group(0);
-        let child = match command.spawn() {
+        let child = match spawn(command) {
             Ok(child) => child,
             Err(error) => panic!(
                 "cannot start {command:?}: {error}; tests/setup.sh installs what the tests need"
