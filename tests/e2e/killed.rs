@@ -59,8 +59,8 @@ impl Bench {
 
     /// Starts a shell command with the file as `$0`, which is to wait.
     fn reader(&self, script: &str) -> Child {
-        let mut child = Command::new("bash")
-            .args(["-c", &format!("exec {script}")])
+        let mut child = Command::new("env")
+            .args(["--default-signal", "bash", "-c", &format!("exec {script}")])
             .arg(self.mount.path(&self.below))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -141,8 +141,8 @@ fn whoever_waits_for_a_name_can_be_killed() {
     let repository = bench.mount.path(&bench.below);
     let repository = repository.ancestors().nth(2).unwrap().join("other");
     for script in ["stat \"$0:v1\"", "cat \"$0:v2/config.json\""] {
-        let mut asker = Command::new("bash")
-            .args(["-c", &format!("exec {script}")])
+        let mut asker = Command::new("env")
+            .args(["--default-signal", "bash", "-c", &format!("exec {script}")])
             .arg(&repository)
             .stderr(Stdio::piped())
             .spawn()
