@@ -61,6 +61,7 @@ pub(super) fn init(cli: &Cli) {
         LogFormat::Auto if is_journal() => journal(),
         _ => None,
     };
+    let lacks_journal = format == LogFormat::Journal && journal.is_none();
     let written = match (journal, format) {
         (Some(journal), _) => journal.boxed(),
         (None, LogFormat::Json) => {
@@ -82,6 +83,9 @@ pub(super) fn init(cli: &Cli) {
     // A test that runs several commands in one process has set it already.
     if subscriber.try_init().is_ok() {
         let _ = CONTROL.set((handle, filter));
+        if lacks_journal {
+            tracing::warn!("systemd's journal is not there; messages go to stderr");
+        }
     }
 }
 

@@ -26,14 +26,14 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+enum Kind {
     Counter,
     Gauge,
     Histogram,
 }
 
 impl Kind {
-    pub(super) fn name(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Counter => "counter",
             Self::Gauge => "gauge",
@@ -44,17 +44,17 @@ impl Kind {
 
 /// A metric.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Metric {
-    pub(super) name: &'static str,
-    pub(super) kind: Kind,
+struct Metric {
+    name: &'static str,
+    kind: Kind,
     /// Its label and that one's values, for people; empty without.
-    pub(super) label: &'static str,
-    pub(super) help: &'static str,
+    label: &'static str,
+    help: &'static str,
     read: fn(&Report, &mut Samples<'_>),
 }
 
 /// Every metric, in the order in which they are told; docs/metrics.md has the same table.
-pub(super) const METRICS: &[Metric] = &[
+const METRICS: &[Metric] = &[
     Metric {
         name: "ocifs_build_info",
         kind: Kind::Gauge,
