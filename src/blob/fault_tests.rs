@@ -708,3 +708,27 @@ fn any_reads_with_any_faults_are_right_or_fail_in_time() {
 fn any_reads_with_any_other_faults_are_right_or_fail_in_time() {
     share(1);
 }
+
+/// The first of two requests for the same bytes is cut off, and then the second one's answer is the whole blob.
+#[test]
+fn a_race_that_nobody_is_left_in_has_an_end() {
+    let hosts = hosts();
+    for redirects in [false, true] {
+        let case = Case {
+            size: 48_807,
+            seed: 7,
+            redirects,
+            mirror: Mirror::DiesAfter(0),
+            lie: Lie::Nobody,
+            lie_at: 0,
+            faults: vec![Fault::Reset(0), Fault::None, Fault::Whole],
+            readers: vec![vec![(340, 0, 0)], vec![(0, 0, 0), (299, 22, 908)]],
+            strict: false,
+            prefetch: false,
+            room: None,
+            complete: false,
+        };
+        let result = run(&case, hosts.path(), &mut Tally::default());
+        assert_eq!(result, Ok(()), "redirects: {redirects}");
+    }
+}

@@ -103,6 +103,8 @@ pub(super) struct Feed<'a> {
     begun: Instant,
     /// When to look whether a second request is needed; `None`: not any more.
     look: Option<Instant>,
+    /// What the one of two that is gone failed with.
+    failed: Option<RegistryError>,
 }
 
 /// How a request was answered.
@@ -133,6 +135,7 @@ impl<'a> Feed<'a> {
             }),
             second: None,
             look: (!flight.whole).then(|| begun + LOOK),
+            failed: None,
             start: range.start(),
             at: range.start(),
             end: range.end(),
@@ -152,6 +155,7 @@ impl<'a> Feed<'a> {
             },
             second: None,
             look: None,
+            failed: None,
             start: at,
             at,
             end: flight.range.end(),
@@ -182,8 +186,13 @@ impl<'a> Feed<'a> {
         loop {
             match self.step().await {
                 (Did::Answered(Ok(BlobBody::Range(body))), second) => self.runs(second, body),
-                // Of two servers one knows no ranges: the other is the better one.
-                (Did::Answered(Ok(BlobBody::Whole(_))), second) => *self.slot(second) = None,
+                // Of two servers one knows no ranges: the other is the better one, and if that has failed, so has the race.
+                (Did::Answered(Ok(BlobBody::Whole(_))), second) => {
+                    *self.slot(second) = None;
+                    if let Some(error) = self.failed.take() {
+                        return Err(error);
+                    }
+                }
                 (Did::Answered(Err(error)) | Did::Brought(Err(error)), second) => {
                     self.fails(second, error)?;
                 }
@@ -273,6 +282,7 @@ impl<'a> Feed<'a> {
             return Err(error);
         }
         tracing::debug!(digest = %self.blob.digest, second, error = %Chain(&error), "one of two requests failed");
+        self.failed = Some(error);
         Ok(())
     }
 
