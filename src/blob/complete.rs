@@ -29,6 +29,12 @@ impl LazyBlob {
             let hold = self.hold();
             self.filling.store(true, Ordering::Release);
             self.fetch_all(&hold).await?;
+            if let Some(entry) = hold.entry() {
+                // Sealing waits for the disk, which may as well write while the rest is hashed.
+                self.shared
+                    .runtime
+                    .spawn_blocking(move || entry.begin_sync());
+            }
             if self.hash_what_came(&hold).await {
                 self.check()?;
                 return Ok(());

@@ -226,6 +226,19 @@ pub(super) fn sync(file: &File) -> io::Result<()> {
     step(Step::Sync(file), || file.sync_data())
 }
 
+/// Has the kernel begin to write the file's bytes to the disk. Promises nothing and finds no error: [`sync`] does.
+pub(super) fn begin_sync(file: &File) {
+    // SAFETY: the descriptor is open for as long as `file` lives, and no memory is passed.
+    unsafe {
+        libc::sync_file_range(
+            std::os::fd::AsRawFd::as_raw_fd(file),
+            0,
+            0, // to its end
+            libc::SYNC_FILE_RANGE_WRITE,
+        );
+    }
+}
+
 /// Whether the kernel has failed to write bytes of the file to the disk since this was asked last: it may forget them, and will read
 /// what the disk had before. Waits for nothing but the first page.
 pub(super) fn has_lost_bytes(file: &File) -> bool {

@@ -471,6 +471,13 @@ impl Entry {
         }
     }
 
+    /// All of it is here and will be sealed soon: the disk need not wait for that. Takes as long as the disk's queue is full.
+    pub fn begin_sync(&self) {
+        if self.open_map().is_some() {
+            disk::begin_sync(&self.data);
+        }
+    }
+
     /// Step 3 of the blob's life. The caller has hashed the whole file and found the digest right.
     ///
     /// # Errors
