@@ -114,7 +114,9 @@ impl ChunkMap {
 
     /// Makes `file` the empty map of a blob. The caller has the blob's exclusive lock.
     pub(super) fn reset(file: File, digest: &Digest, size: u64) -> io::Result<Self> {
-        disk::set_len(&file, 0)?;
+        if file.metadata()?.len() > 0 {
+            disk::set_len(&file, 0)?;
+        }
         let count = size.div_ceil(u64::from(chunk_size(size)));
         disk::set_len(&file, HEADER + count * SLOT)?;
         disk::write(&file, &header(digest, size), 0)?;

@@ -7,7 +7,7 @@
 //! What is opened is a regular file, and no symbolic link leads to it: whoever else may write to the directory cannot have us
 //! read or write a file outside of it, nor wait for a pipe.
 
-use std::fs::{self, DirEntry, File};
+use std::fs::{self, DirEntry, File, Metadata};
 use std::io::{self, IoSlice, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::path::Path;
@@ -70,6 +70,14 @@ pub(super) enum Access {
 /// # Errors
 /// Those of openat2(2), ELOOP for a symbolic link among them; [`io::ErrorKind::InvalidInput`] for what is no file.
 pub(super) fn open(path: &Path, access: Access) -> io::Result<File> {
+    open_and_look(path, access).map(|(file, _)| file)
+}
+
+/// Opens a regular file, and what it was when it was opened.
+///
+/// # Errors
+/// As [`open`].
+pub(super) fn open_and_look(path: &Path, access: Access) -> io::Result<(File, Metadata)> {
     let flags = match access {
         Access::Read => OFlags::RDONLY,
         Access::Write => OFlags::RDWR,
@@ -80,13 +88,14 @@ pub(super) fn open(path: &Path, access: Access) -> io::Result<File> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     step(Step::Open(path, access), || {
         let file = File::from(without_links(path, flags)?);
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "it is not a regular file",
             ));
         }
-        Ok(file)
+        Ok((file, metadata))
     })
 }
 

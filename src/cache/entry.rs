@@ -173,32 +173,36 @@ impl Entry {
     fn open_partial(cache: &Cache, digest: &Digest, size: u64) -> Result<Option<Self>, CacheError> {
         let data_path = cache.layout().data(digest);
         let map_path = cache.layout().map(digest);
-        let open = |path| disk::open(path, Access::Make);
         let failed = || CacheError::io("open", &data_path);
-        let data = open(&data_path).map_err(failed())?;
-        lock::shared(&data, lock::PATIENCE).map_err(failed())?;
-        let mut metadata = data.metadata().map_err(failed())?;
-        if !names(&data_path, &metadata) {
-            return Ok(None);
+        let open_map =
+            || disk::open(&map_path, Access::Make).map_err(CacheError::io("open", &map_path));
+        let load =
+            || ChunkMap::load(open_map()?, digest, size).map_err(CacheError::io("read", &map_path));
+        // One of another length has no valid map: somebody is making it now, or nobody has it open.
+        let is_made = |metadata: &fs::Metadata| metadata.len() == size && size != 0;
+        let (data, mut metadata) =
+            disk::open_and_look(&data_path, Access::Make).map_err(failed())?;
+        let mut map = None;
+        if is_made(&metadata) {
+            lock::shared(&data, lock::PATIENCE).map_err(failed())?;
+            metadata = data.metadata().map_err(failed())?;
+            if !names(&data_path, &metadata) {
+                return Ok(None);
+            }
+            if is_made(&metadata) {
+                map = load()?;
+            }
         }
-        let map_file = open(&map_path).map_err(CacheError::io("open", &map_path))?;
-        let load = || {
-            let copy = map_file.try_clone()?;
-            ChunkMap::load(copy, digest, size)
-        };
-        let mut map = if metadata.len() == size && size != 0 {
-            load().map_err(CacheError::io("read", &map_path))?
-        } else {
-            None
-        };
         if map.is_none() {
             // Taking the exclusive lock gives up the shared one first, so two of us cannot wait for each other.
             if !lock::try_exclusive(&data).map_err(failed())? {
-                if ChunkMap::is_discarded(&map_file) {
+                if ChunkMap::is_discarded(&open_map()?) {
                     Self::remove_discarded(cache, digest, &data)?;
                     return Ok(None);
                 }
-                // Somebody uses the files as they are, or is making them now.
+                // Somebody is making the files now, or uses them as they are.
+                lock::shared(&data, lock::PATIENCE).map_err(failed())?;
+                drop(data);
                 crate::base::rt::pause(Duration::from_millis(2));
                 return Ok(None);
             }
@@ -206,20 +210,20 @@ impl Entry {
             if !names(&data_path, &metadata) || cache.layout().sealed(digest).exists() {
                 return Ok(None);
             }
-            if metadata.len() == size && size != 0 {
-                map = load().map_err(CacheError::io("read", &map_path))?;
+            if is_made(&metadata) {
+                map = load()?;
             }
             if map.is_none() {
                 // Nobody else has the file open, so cutting it off can hurt nobody.
-                disk::set_len(&data, 0).map_err(failed())?;
-                let empty = map_file
-                    .try_clone()
-                    .and_then(|file| ChunkMap::reset(file, digest, size));
+                if metadata.len() > 0 {
+                    disk::set_len(&data, 0).map_err(failed())?;
+                }
+                let empty = ChunkMap::reset(open_map()?, digest, size);
                 map = Some(empty.map_err(CacheError::io("write", &map_path))?);
                 disk::set_len(&data, size).map_err(failed())?;
             }
+            // For a moment there is no lock, and whoever evicts may come.
             lock::shared(&data, lock::PATIENCE).map_err(failed())?;
-            let metadata = data.metadata().map_err(failed())?;
             if !names(&data_path, &metadata) {
                 return Ok(None);
             }
