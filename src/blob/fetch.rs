@@ -23,7 +23,7 @@ use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
 /// How often to look whether another process has brought what it is fetching.
 const OTHERS_POLL: Duration = Duration::from_millis(10);
-/// Another process that brings nothing for so long may be stopped; its claim is then disregarded.
+/// Who has a claim and brings nothing for so long may be stopped; the claim is then disregarded.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(20);
 /// How long filling in the background waits for readers before it brings one part all the same.
 const YIELD: Duration = Duration::from_secs(1);
@@ -213,7 +213,7 @@ impl LazyBlob {
                 seen = present;
                 moved = Deadline::after(OTHERS_PATIENCE);
             } else if moved.passed() {
-                tracing::warn!(digest = %self.digest, range = %flight.range, "another process holds this range and brings nothing");
+                tracing::warn!(digest = %self.digest, range = %flight.range, "another process, or another request of this one, holds this range and brings nothing");
                 return Claimed::Others;
             }
         }
@@ -633,7 +633,7 @@ async fn yield_now() {
 enum Claimed {
     /// `None` where no claims are to be had.
     Mine(Option<Claim>),
-    /// Another process holds it and brings nothing.
+    /// Somebody else holds it and brings nothing.
     Others,
     /// Another process has brought everything.
     Done,
