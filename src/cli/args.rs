@@ -199,9 +199,9 @@ fn pause(text: &str) -> Result<Duration, String> {
 /// `ocifs restart`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    ocifs restart                    after an upgrade: every mount, with the settings that it was made with\n  \
+    ocifs restart               after an upgrade: every mount, with the settings it was made with\n  \
     ocifs restart /models\n\n\
-    Who reads or opens something meanwhile waits for a moment; nothing fails and nothing is read again. Configuration\n\
+    Who reads or opens something meanwhile waits for a moment; nothing fails and nothing is read again. Configuration \
     files are read anew. Not for mounts with --foreground outside of a service.")]
 pub struct Restart {
     /// This mount alone. [default: all of them]
@@ -280,7 +280,7 @@ pub struct Inspect {
     ocifs run ghcr.io/org/model:v1 -p 'Why is the sky blue?'\n  \
     ocifs run ghcr.io/org/model:v1\n  \
     ocifs run /models/ghcr.io/org/model:v1 --listen 127.0.0.1:8000\n\n\
-A reference is read through a mount that is there already, else (and with options for the cache or registries)\n\
+A reference is read through a mount that is there already, else (and with options for the cache or registries) \
 through one of its own that goes when the run ends.\n\
 Text goes to stdout, figures to stderr.")]
 pub struct Run {
@@ -335,7 +335,7 @@ pub enum Format {
     ocifs push ./Llama-3.2-1B ghcr.io/org/llama:1b\n  \
     ocifs push ./Llama-3.2-1B localhost:5000/llama:1b --format modelpack\n  \
     ocifs push ./Llama-3.2-1B oci:./layout:llama-1b      an OCI layout, to copy or `ocifs serve`\n\n\
-    Blobs that the registry has are not sent again. The digest depends on file names and contents alone (and on\n\
+    Blobs that the registry has are not sent again. The digest depends on file names and contents alone (and on \
     --created): the same directory has the same digest everywhere.")]
 pub struct Push {
     /// The directory with config.json, weights, tokenizer.
@@ -365,7 +365,7 @@ pub struct Push {
 /// `ocifs refresh`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A tag that moved is shown anew at once where nothing below it is open; files that are open keep\n\
+    after_help = "A tag that moved is shown anew at once where nothing below it is open; files that are open keep \
     what they show."
 )]
 pub struct Refresh {
@@ -382,8 +382,8 @@ pub struct Refresh {
 #[command(after_help = "Examples:\n  \
     ocifs serve ~/.cache/ocifs                       what this machine has, for its neighbours\n  \
     ocifs serve ./layout --listen 0.0.0.0:5000\n\n\
-    An entry of index.json named host/repo:tag is served as repo:tag and as host/repo:tag, repo:tag as itself, and a\n\
-    bare tag under any repository. Everybody who can connect can read everything. There is no TLS: put a proxy in\n\
+    An entry of index.json named host/repo:tag is served as repo:tag and as host/repo:tag, repo:tag as itself, and a \
+    bare tag under any repository. Everybody who can connect can read everything. There is no TLS: put a proxy in \
     front of it, or use it on loopback.")]
 pub struct Serve {
     /// The OCI layout directory.
@@ -400,7 +400,7 @@ pub struct Serve {
     ocifs login ghcr.io                      asks for the user and the password\n  \
     ocifs login -u alice --password-stdin registry.lan:5000 <token.txt\n  \
     ocifs login                              Docker Hub\n\n\
-    The registry is asked first; a login that it refuses is not kept. What is kept is what `docker login` and `podman login`\n\
+    The registry is asked first; a login that it refuses is not kept. What is kept is what `docker login` and `podman login` \
     keep: with the credential helper that the file names, else in the file itself (mode 0600, not encrypted).")]
 pub struct Login {
     /// The registry: HOST[:PORT], with podman also a namespace of it (quay.io/org). [default: docker.io]
@@ -474,7 +474,7 @@ pub enum CacheCommand {
 #[command(after_help = "Examples:\n  \
     ocifs config                              what `ocifs mount` would work with, here and now\n  \
     ocifs config --of /models                 what the mount that runs works with\n  \
-    ocifs config --template | sudo tee /etc/ocifs/config.toml      a file to start from, with every setting explained\n\n\
+    ocifs config --template | sudo tee /etc/ocifs/config.toml    a file to start from\n\n\
     Flags win over variables (OCIFS_CACHE_SIZE=200G), these over files, the user's file over the system's.")]
 pub struct Config {
     /// What the mount at MOUNTPOINT works with.
@@ -523,7 +523,7 @@ pub struct Man {
 /// `ocifs demo`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Needs /dev/fuse, and about three times SIZE in TMPDIR (/tmp) while it runs. Nothing leaves this machine, and\n\
+    after_help = "Needs /dev/fuse, and about three times SIZE in TMPDIR (/tmp) while it runs. Nothing leaves this machine, and \
     nothing is left behind."
 )]
 pub struct Demo {
@@ -577,6 +577,15 @@ mod tests {
                     "{}: {line}",
                     command.get_name()
                 );
+            }
+            // What is behind the options is broken by the terminal's width alone, and examples are not broken at all.
+            let notes = command.get_after_help().map(ToString::to_string);
+            let notes = notes.unwrap_or_default();
+            for (line, next) in notes.lines().zip(notes.lines().skip(1).chain([""])) {
+                let example = line.starts_with("  ");
+                assert!(!example || line.chars().count() <= 100, "{line}");
+                let ends = next.is_empty() || next.starts_with("  ") || line.ends_with('.');
+                assert!(example || line.is_empty() || ends, "{line}");
             }
             for argument in command.get_arguments() {
                 assert!(
