@@ -1,18 +1,25 @@
 //! Completing a blob: what is missing of it fetched in parts, then hashed and sealed.
 
 use std::future::ready;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::future::{Either, select};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::flight::Urgency;
 use super::lazy::{Hold, LazyBlob};
 use super::{BlobError, PARTS_AT_ONCE, Verified, plan};
+use crate::base::rt::sleep;
 use crate::base::sync::atomic::Ordering;
 use crate::base::{ByteRange, Deadline};
 
 /// Completing a blob is given up when this many rounds found every byte and could not decide on them.
 pub(super) const ROUNDS: u32 = 3;
+/// How often, and how many times, to look whether readers have gone before the disk is asked to write.
+const LOOK: Duration = Duration::from_millis(20);
+const LOOKS: u32 = 100;
 
 impl LazyBlob {
     /// Fetches what is missing, verifies and seals.
@@ -29,13 +36,12 @@ impl LazyBlob {
             let hold = self.hold();
             self.filling.store(true, Ordering::Release);
             self.fetch_all(&hold).await?;
-            if let Some(entry) = hold.entry() {
-                // Sealing waits for the disk, which may as well write while the rest is hashed.
-                self.shared
-                    .runtime
-                    .spawn_blocking(move || entry.begin_sync());
-            }
-            if self.hash_what_came(&hold).await {
+            let hashed = pin!(self.hash_what_came(&hold));
+            let decided = match select(hashed, pin!(self.begin_sync(&hold))).await {
+                Either::Left((decided, _)) => decided,
+                Either::Right(((), hashed)) => hashed.await,
+            };
+            if decided {
                 self.check()?;
                 return Ok(());
             }
@@ -64,6 +70,22 @@ impl LazyBlob {
             self.fetch_all(&hold).await?;
         }
         Ok(hold)
+    }
+
+    /// Sealing waits for the disk, which may as well write while the rest is hashed, once no reader needs the processors.
+    async fn begin_sync(&self, hold: &Hold) {
+        for _ in 0..LOOKS {
+            if self.shared.readers.active_within(LOOK) {
+                sleep(LOOK).await;
+                continue;
+            }
+            if let Some(entry) = hold.entry() {
+                self.shared
+                    .runtime
+                    .spawn_blocking(move || entry.begin_sync());
+            }
+            return;
+        }
     }
 
     async fn fetch_all(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
