@@ -86,9 +86,8 @@ impl Screen {
     /// As much as fits, from the top.
     fn show(&self, lines: &[String]) -> Result<(), StdoutError> {
         let size = rustix::termios::tcgetwinsize(std::io::stdout());
-        let (rows, columns) = size.map_or((24, 80), |size| {
-            (size.ws_row.max(2).into(), size.ws_col.max(20).into())
-        });
+        let told = size.map_or((0, 0), |size| (size.ws_row, size.ws_col));
+        let (rows, columns) = room(told);
         self.write(&frame(lines, rows, columns))
     }
 
@@ -102,6 +101,13 @@ impl Drop for Screen {
     fn drop(&mut self) {
         let _ = self.write("\x1b[?25h\x1b[?1049l");
     }
+}
+
+/// Rows and columns of a terminal that tells these; 0 where it does not know, as some serial lines and containers do.
+fn room((rows, columns): (u16, u16)) -> (usize, usize) {
+    let known = |told: u16, usual: u16| if told == 0 { usual } else { told };
+    let (rows, columns) = (known(rows, 24), known(columns, 80));
+    (rows.max(2).into(), columns.max(20).into())
 }
 
 /// What makes a screen show these lines, without a flicker.
@@ -167,5 +173,8 @@ mod tests {
         assert_eq!(shown(11, 80), lines);
         assert_eq!(shown(4, 3), ["lin", "lin", "… 8"]);
         assert!(shown(4, 80)[2].contains("8 more lines"));
+        assert_eq!(room((50, 132)), (50, 132));
+        assert_eq!(room((0, 0)), (24, 80), "a terminal that knows no size");
+        assert_eq!(room((1, 1)), (2, 20));
     }
 }
