@@ -575,6 +575,7 @@ impl LazyBlob {
                 }
                 if entry.is_discarded() {
                     // Another process found it wrong. Whoever holds the blob next begins it anew.
+                    self.shared.will_discard(self.digest);
                     self.abandon(&entry);
                 }
                 entry.missing(range)

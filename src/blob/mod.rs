@@ -7,7 +7,7 @@
 //! all this (`verify.rs`). Bytes that the cache cannot take are handed through memory (`overlay.rs`).
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -207,6 +207,15 @@ pub enum Event {
     Corrupt(Digest),
 }
 
+/// Who is told before the bytes of a blob are thrown away because they are wrong.
+struct Witness(Box<dyn Fn(Digest) + Send + Sync>);
+
+impl std::fmt::Debug for Witness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Witness")
+    }
+}
+
 /// All lazy blobs of this process; clones share them.
 #[derive(Clone, Debug)]
 pub struct Blobs {
@@ -235,6 +244,7 @@ struct Shared {
     received: Counter,
     /// The last blobs that turned out wrong.
     wrong: Mutex<VecDeque<Wrong>>,
+    witness: OnceLock<Witness>,
     events: broadcast::Sender<Event>,
 }
 
@@ -255,6 +265,13 @@ impl Shared {
 }
 
 impl Shared {
+    /// The bytes of a blob are about to be thrown away; [`Event::Corrupt`] follows.
+    fn will_discard(&self, digest: Digest) {
+        if let Some(witness) = self.witness.get() {
+            witness.0(digest);
+        }
+    }
+
     fn note_wrong(&self, wrong: Wrong) {
         let mut all = lock(&self.wrong);
         if all.len() == MOST_WRONG {
@@ -301,6 +318,7 @@ impl Blobs {
                 hedges: AtomicU64::new(0),
                 received: Counter::default(),
                 wrong: Mutex::default(),
+                witness: OnceLock::new(),
                 readers,
                 events: broadcast::Sender::new(1024),
             }),
@@ -368,6 +386,13 @@ impl Blobs {
     /// Bytes of blobs that registries have sent.
     pub fn received(&self) -> u64 {
         self.shared.received.get()
+    }
+
+    /// Has `witness` called with a blob's digest before wrong bytes of it are thrown away, on a thread that may wait for a disk and
+    /// nothing else: for a note of what must follow, which has to outlive this process. Every call is followed by an
+    /// [`Event::Corrupt`]. The first witness counts.
+    pub fn before_discarding(&self, witness: impl Fn(Digest) + Send + Sync + 'static) {
+        let _ = self.shared.witness.set(Witness(Box::new(witness)));
     }
 
     /// What happens from now on. A receiver that falls far behind misses the oldest events.

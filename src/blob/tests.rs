@@ -381,6 +381,13 @@ async fn wrong_content_is_never_sealed_and_an_error_once_known() {
     let server = Server::start(bytes.clone(), Manner::Wrong { at: MIB }).await;
     let dir = tempfile::tempdir().unwrap();
     let blobs = blobs(dir.path(), BIG, lazily());
+    let partial = dir.path().join("ocifs/partial");
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (note, data) = (
+        Arc::clone(&seen),
+        partial.join(format!("{}.data", digest.hex())),
+    );
+    blobs.before_discarding(move |digest| note.lock().unwrap().push((digest, data.exists())));
     let mut events = blobs.events();
     let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
     assert_eq!(
@@ -402,11 +409,11 @@ async fn wrong_content_is_never_sealed_and_an_error_once_known() {
     ));
     assert_eq!(events.recv().await.unwrap(), Event::Corrupt(digest));
     assert!(!blobs.cache().is_sealed(&digest));
+    assert_eq!(std::fs::read_dir(partial).unwrap().count(), 0);
     assert_eq!(
-        std::fs::read_dir(dir.path().join("ocifs/partial"))
-            .unwrap()
-            .count(),
-        0
+        *seen.lock().unwrap(),
+        [(digest, true), (digest, true)],
+        "told each time, before the bytes were gone"
     );
 }
 

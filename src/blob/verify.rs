@@ -259,6 +259,7 @@ impl LazyBlob {
             at: SystemTime::now(),
             lasting,
         });
+        self.shared.will_discard(self.digest);
         entry.discard();
         self.abandon(entry);
         if !lasting {

@@ -271,13 +271,13 @@ impl Mount {
         runtime: Handle,
     ) -> Result<Self, MountError> {
         let filesystem = Ocifs {
-            tree,
+            tree: tree.clone(),
             runtime,
             backings,
             meter: Arc::clone(&options.meter),
         };
         let notifying = Activity::default();
-        let serving = notify(session.notifier(), events, notifying.clone())
+        let serving = notify(session.notifier(), events, tree.clone(), notifying.clone())
             .and_then(|()| session.serve(filesystem, options.threads.max(2)))
             .map_err(|source| MountError::Setup {
                 action: "cannot start a thread for",
@@ -454,10 +454,12 @@ fn take_down(info: &MountInfo) -> Result<bool, MountError> {
 /// Passes on to the kernel what it must drop.
 ///
 /// The kernel takes a directory's lock for that, and keeps the sender waiting while a lookup in the directory waits for its
-/// reply. So this is a thread of its own that owes nobody a reply.
+/// reply. So this is a thread of its own that owes nobody a reply. What the process before this one has left to tell comes first, while
+/// the threads that answer are about to start: the kernel may wait for an answer of theirs.
 fn notify(
     notifier: Notifier,
     events: Receiver<Invalidation>,
+    tree: Tree,
     activity: Activity,
 ) -> std::io::Result<()> {
     let pass_on = move || {
@@ -468,6 +470,10 @@ fn notify(
                 Invalidation::Attributes(node) => notifier.attributes(node.0),
                 // A page under way is waited for, which this thread may do.
                 Invalidation::Content(node) => notifier.content(node.0),
+                Invalidation::Settled(debt) => {
+                    tree.settle(*debt);
+                    Ok(())
+                }
             };
             if let Err(error) = sent {
                 tracing::debug!(?event, %error, "the kernel was not told");

@@ -4,7 +4,7 @@ use super::handles::{Closed, HandleId, OpenFile};
 use super::journal::{Record, What};
 use super::namespace::Tree;
 use super::node::{Node, NodeId};
-use super::{Invalidation, Opened, TreeError, Way};
+use super::{DebtId, Invalidation, Opened, TreeError, Way};
 use crate::base::{Digest, lock};
 
 impl Tree {
@@ -66,6 +66,7 @@ impl Tree {
                 .is_some_and(|file| file.digest == Some(blob) && file.is_sealed()),
             _ => false,
         };
+        let mut stale = Vec::new();
         for id in self.0.table.matching(shows) {
             if !self.0.modes.is_held(id) {
                 continue;
@@ -78,10 +79,11 @@ impl Tree {
                 let parent = self.0.table.id(&place.directory(directory));
                 if self.0.table.holds(parent) {
                     let name = name.to_owned();
-                    self.0.resolver.send(Invalidation::Entry { parent, name });
+                    stale.push(Invalidation::Entry { parent, name });
                 }
             }
         }
+        self.0.debts.tell(stale);
     }
 
     /// The file that a handle is open on. A handle that is not known is of a tree before this one: then the node tells.
@@ -146,16 +148,41 @@ impl Tree {
         node
     }
 
+    /// What came of a blob is about to be thrown away because it is wrong: the kernel will have to drop it too, whatever happens to
+    /// this process. To be called before it is thrown away, and followed by [`Tree::drop_content`].
+    pub fn will_drop_content(&self, blob: Digest) {
+        self.0.debts.owe_blob(blob);
+    }
+
     /// The content of a blob has turned out wrong: the kernel must not serve from its memory what it was given of it.
     pub fn drop_content(&self, blob: Digest) {
+        let debt = self.0.debts.next_of_blob(blob);
+        let files = self.files_of(&blob).into_iter();
+        self.0.debts.pay(debt, files.map(Invalidation::Content));
+    }
+
+    /// The news of some blobs that turned out wrong were missed. What is done for them here may be done once more for one whose
+    /// bytes go only now, so no debt is settled by it.
+    pub(super) fn drop_all_content(&self) {
+        for blob in self.0.debts.blobs() {
+            let files = self.files_of(&blob).into_iter();
+            self.0.debts.pay(None, files.map(Invalidation::Content));
+        }
+    }
+
+    /// The kernel has been told of all that this debt was about.
+    pub fn settle(&self, debt: DebtId) {
+        self.0.debts.settle(debt);
+    }
+
+    /// The nodes of files that a blob is in.
+    pub(super) fn files_of(&self, blob: &Digest) -> Vec<NodeId> {
         let shows = |node: &Node| match node {
             Node::File { shown, path, .. } => shown
                 .file(path)
-                .is_some_and(|file| file.digest == Some(blob)),
+                .is_some_and(|file| file.digest == Some(*blob)),
             _ => false,
         };
-        for node in self.0.table.matching(shows) {
-            self.0.resolver.send(Invalidation::Content(node));
-        }
+        self.0.table.matching(shows)
     }
 }

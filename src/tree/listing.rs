@@ -109,7 +109,8 @@ impl Tree {
         let now = self.0.resolver.bindings().get(&binding.reference);
         let shown = now.is_some_and(|now| Arc::ptr_eq(&now, binding));
         if !shown && directory.entries.get().is_some() {
-            self.0.resolver.send(Invalidation::Content(directory.id));
+            let stale = vec![Invalidation::Content(directory.id)];
+            self.0.debts.tell(stale);
         }
     }
 

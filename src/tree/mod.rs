@@ -12,6 +12,7 @@
 //!   listing    what is known, and what is shown  never asks for a manifest
 //! restore(state)
 //!   journal    what the kernel was told          so that another process can go on
+//!   debts      what it must be told to drop      noted before it is due, until it was told
 //! ```
 //!
 //! Registries are reached through [`Catalogue`] alone, so everything here is tested with one that is a map in memory.
@@ -21,6 +22,7 @@ mod attr;
 mod binding;
 mod catalogue;
 mod config;
+mod debts;
 mod error;
 mod file_like;
 mod files;
@@ -63,4 +65,4 @@ pub use journal::{FORMAT as JOURNAL_FORMAT, Journal, State};
 pub use namespace::Tree;
 pub use node::NodeId;
 pub use restore::Restored;
-pub use view::{DirEntry, Entry, Invalidation, Opened, Way};
+pub use view::{DebtId, DirEntry, Entry, Invalidation, Opened, Way};

@@ -11,7 +11,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::{Catalogue, Tree, TreeError};
 use crate::base::{Deadline, Digest};
-use crate::blob::{BlobError, Event};
+use crate::blob::{BlobError, Blobs, Event};
 use crate::model::{Model, ModelError, Models};
 use crate::registry::{Reference, RegistryError, Repository, Tag};
 
@@ -70,18 +70,23 @@ impl Catalogue for Models {
 
 impl Tree {
     /// Has the kernel drop what it keeps of blobs that turn out wrong, and take over those that are sealed, until the process
-    /// ends.
-    pub async fn follow(self, mut events: Receiver<Event>) {
+    /// ends. From the call on, and not only once the result is awaited, nothing of a blob is thrown away that the kernel is not owed to
+    /// be told of.
+    pub fn follow(self, blobs: &Blobs) -> impl Future<Output = ()> + use<> {
+        let tree = self.clone();
+        blobs.before_discarding(move |blob| tree.will_drop_content(blob));
+        self.hear(blobs.events())
+    }
+
+    async fn hear(self, mut events: Receiver<Event>) {
         loop {
             match events.recv().await {
                 Ok(Event::Corrupt(blob)) => self.drop_content(blob),
                 Ok(Event::Sealed(blob)) => self.promote(blob),
                 Ok(_) => {}
                 Err(RecvError::Lagged(missed)) => {
-                    tracing::warn!(
-                        missed,
-                        "the kernel may keep pages of a blob that turned out wrong"
-                    );
+                    tracing::debug!(missed, "blobs come and go faster than the kernel is told");
+                    self.drop_all_content();
                 }
                 Err(RecvError::Closed) => return,
             }

@@ -1,11 +1,12 @@
 //! The operations on the tree.
 
 use std::collections::HashMap;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use super::binding::{Binding, BoundModel};
+use super::debts::Debts;
 use super::handles::{HandleId, Handles};
 use super::modes::Modes;
 use super::names::{self, DOCKER_HUB, DOCKER_LIBRARY, NAME_MAX, Name, RootName};
@@ -49,6 +50,7 @@ pub(super) struct Inner {
     pub(super) resolver: Resolver,
     pub(super) handles: Handles,
     pub(super) modes: Modes,
+    pub(super) debts: Arc<Debts>,
     /// Handles of the process before this one, by the request that they were to answer.
     pub(super) unanswered: Mutex<HashMap<u64, HandleId>>,
 }
@@ -75,13 +77,14 @@ impl Tree {
         catalogue: Arc<dyn Catalogue>,
         config: TreeConfig,
     ) -> (Self, Receiver<Invalidation>) {
-        let (events, receiver) = channel();
         let journal = || config.journal.clone();
+        let (debts, receiver) = Debts::new(journal());
+        let debts = Arc::new(debts);
         let table = Arc::new(NodeTable::new(journal()));
         let resolver = Resolver::new(
             catalogue,
             table.clone(),
-            events,
+            Arc::clone(&debts),
             config.tag_ttl,
             config.failure_ttl,
             config.patience,
@@ -94,6 +97,7 @@ impl Tree {
             resolver,
             handles: Handles::new(),
             modes: Modes::new(passthrough),
+            debts,
             unanswered: Mutex::default(),
         };
         (Self(Arc::new(inner)), receiver)

@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use futures_util::future::{BoxFuture, Shared};
 use tokio::sync::Semaphore;
 
 use super::binding::{Binding, Bindings};
+use super::debts::Debts;
 use super::journal::Journal;
 use super::names::{self, Name};
 use super::node::{Folder, Node, Place};
@@ -46,7 +46,7 @@ struct Inner {
     catalogue: Arc<dyn Catalogue>,
     bindings: Bindings,
     table: Arc<NodeTable>,
-    events: Sender<Invalidation>,
+    debts: Arc<Debts>,
     tag_ttl: Duration,
     patience: Duration,
     permits: Semaphore,
@@ -70,7 +70,7 @@ impl Resolver {
     pub(super) fn new(
         catalogue: Arc<dyn Catalogue>,
         table: Arc<NodeTable>,
-        events: Sender<Invalidation>,
+        debts: Arc<Debts>,
         tag_ttl: Duration,
         failure_ttl: Duration,
         patience: Duration,
@@ -80,7 +80,7 @@ impl Resolver {
             catalogue,
             bindings: Bindings::new(journal),
             table,
-            events,
+            debts,
             tag_ttl,
             patience,
             permits: Semaphore::new(CONCURRENT),
@@ -186,8 +186,10 @@ impl Resolver {
                     }
                     before => {
                         if matches!(error, TreeError::NotFound { .. }) && before.is_some() {
+                            let stale = self.stale(reference, before.as_deref(), None);
+                            let debt = self.0.debts.owe_events(&stale);
                             self.0.bindings.remove(reference);
-                            self.announce(reference, before.as_deref(), None);
+                            self.0.debts.pay(debt, stale);
                         }
                         if error.is_final() {
                             lock(&self.0.failures).put(
@@ -264,14 +266,23 @@ impl Resolver {
         };
         lock(&self.0.promised).remove(reference);
         let binding = Binding::new(reference.clone(), shown);
+        let expected = self.0.bindings.get(reference);
+        let stale = self.stale(reference, expected.as_deref(), Some(&binding));
+        let debt = self.0.debts.owe_events(&stale);
         let (old, dropped) = self.0.bindings.set(&binding);
         if let Some(dropped) = &dropped {
-            self.announce(&dropped.reference, Some(dropped), None);
+            let stale = self.stale(&dropped.reference, Some(dropped), None);
+            self.0.debts.tell(stale);
         }
         if let Some(old) = &old {
             tracing::info!(%reference, from = %old.shown.digest(), to = %binding.shown.digest(), "the tag has moved");
         }
-        self.announce(reference, old.as_deref(), Some(&binding));
+        self.0.debts.pay(debt, stale);
+        // Somebody else may have bound it in between.
+        if old.as_ref().map(Arc::as_ptr) != expected.as_ref().map(Arc::as_ptr) {
+            let stale = self.stale(reference, old.as_deref(), Some(&binding));
+            self.0.debts.tell(stale);
+        }
         binding
     }
 
@@ -285,14 +296,14 @@ impl Resolver {
         lock(&self.0.promised).insert(reference.clone(), digest);
     }
 
-    /// Tells the kernel. Whoever listened may be gone at the end of a mount: then it holds nothing either.
-    pub(super) fn send(&self, event: Invalidation) {
-        drop(self.0.events.send(event));
-    }
-
-    /// Tells the kernel which of the names that it holds mean something else now.
-    fn announce(&self, reference: &Reference, old: Option<&Binding>, new: Option<&Binding>) {
-        let send = |event| self.send(event);
+    /// Which of the names that the kernel holds mean something else once the reference shows `new` and not `old`.
+    fn stale(
+        &self,
+        reference: &Reference,
+        old: Option<&Binding>,
+        new: Option<&Binding>,
+    ) -> Vec<Invalidation> {
+        let mut stale = Vec::new();
         let table = &self.0.table;
         // Where nothing was shown, the kernel holds nothing; else it may have asked for names of the new version in vain.
         let versions = || old.into_iter().chain(old.and(new));
@@ -308,12 +319,12 @@ impl Resolver {
                     .map(|(name, _)| name)
                     .collect();
                 for name in names {
-                    send(Invalidation::Entry {
+                    stale.push(Invalidation::Entry {
                         parent,
                         name: name.to_owned(),
                     });
                 }
-                send(Invalidation::Content(parent));
+                stale.push(Invalidation::Content(parent));
             }
             // In a repository's own directory a directory of `:latest` takes the place of a namespace of that name.
             let (Place::Latest(repository), Some(new)) = (&place, new) else {
@@ -326,13 +337,14 @@ impl Resolver {
                     && let Some(child) = folder.child(name)
                     && table.holds(table.id(&Node::Folder(child)))
                 {
-                    send(Invalidation::Entry {
+                    stale.push(Invalidation::Entry {
                         parent,
                         name: name.to_owned(),
                     });
                 }
             }
         }
+        stale
     }
 
     /// Logs a failure, once per reference and minute.

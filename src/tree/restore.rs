@@ -16,6 +16,7 @@ use super::journal::{Kept, Opened, State, What};
 use super::namespace::Tree;
 use super::node::{Node, NodeId};
 use super::shown::Shown;
+use super::{DebtId, debts};
 use crate::base::{Digest, lock};
 use crate::registry::Repository;
 
@@ -48,6 +49,9 @@ impl Tree {
     /// Takes over what another process has told the kernel. To be called once, before the first request. Needs a tokio runtime.
     pub async fn restore(&self, state: State) -> Restored {
         self.0.handles.above(state.highest_handle);
+        self.0
+            .debts
+            .above(state.owed.keys().next_back().copied().unwrap_or(0));
         let mut restored = Restored {
             highest_backing: state.highest_backing,
             nodes: state.nodes.len(),
@@ -77,6 +81,7 @@ impl Tree {
         let sources: HashSet<Source> = state.sources().collect();
         let (had, missing) = self.shown(sources.into_iter().collect()).await;
         self.adopt(&state, &had);
+        self.pay_debts(&state, &missing);
         restored.missing = missing.len();
         if !missing.is_empty() {
             tokio::spawn(self.clone().retry(state, missing));
@@ -146,6 +151,29 @@ impl Tree {
         }
         for (handle, opened) in &state.open {
             self.adopt_handle(*handle, opened);
+        }
+    }
+
+    /// Has the kernel told of what the process before this one owed. Which files a blob is in is not known of an artifact that is
+    /// missing: all of its are dropped.
+    fn pay_debts(&self, state: &State, missing: &[Source]) {
+        let of_missing = state.nodes.iter().filter_map(|(id, told)| {
+            let Kept::File {
+                repository, digest, ..
+            } = &told.node
+            else {
+                return None;
+            };
+            let of = |source: &Source| source.1 == *digest && source.0 == *repository;
+            missing.iter().any(of).then_some(NodeId(*id))
+        });
+        for (debt, what) in &state.owed {
+            let files = |blob: &Digest| {
+                let known = self.files_of(blob).into_iter();
+                known.chain(of_missing.clone()).collect()
+            };
+            let events = what.iter().flat_map(|stale| debts::events(stale, files));
+            self.0.debts.pay(Some(DebtId(*debt)), events);
         }
     }
 

@@ -13,7 +13,7 @@ use crate::base::{Digest, lock};
 struct Life {
     tree: Tree,
     journal: Arc<Journal>,
-    _events: Receiver<Invalidation>,
+    events: Receiver<Invalidation>,
 }
 
 fn life(fake: &Arc<Fake>, journal: Journal) -> Life {
@@ -28,7 +28,7 @@ fn life(fake: &Arc<Fake>, journal: Journal) -> Life {
     Life {
         tree,
         journal,
-        _events: events,
+        events,
     }
 }
 
@@ -71,6 +71,19 @@ impl Life {
         let entries = self.tree.entries(node, handle).unwrap();
         let name = |entry: &super::DirEntry| (entry.name.clone(), entry.ino);
         entries.iter().map(name).collect()
+    }
+
+    /// What the kernel is to be told now; when `told`, it has been.
+    fn due(&self, told: bool) -> Vec<Invalidation> {
+        let mut due = Vec::new();
+        for event in self.events.try_iter() {
+            match event {
+                Invalidation::Settled(debt) if told => self.tree.settle(debt),
+                Invalidation::Settled(_) => {}
+                event => due.push(event),
+            }
+        }
+        due
     }
 
     async fn text(&self, node: NodeId, handle: HandleId) -> String {
@@ -221,4 +234,69 @@ async fn an_artifact_that_cannot_be_had_is_tried_again_and_nothing_else_is_shown
     assert!(second.tree.getattr(file).is_ok());
     second.tree.forget(file, 1);
     assert!(second.tree.getattr(file).is_err());
+}
+
+#[tokio::test]
+async fn what_the_kernel_was_not_told_is_told_by_the_next_process_until_one_has() {
+    let fake = published();
+    let first = life(&fake, Journal::new().unwrap());
+    let told = first.walk("r.example/org/m:v1/sub/weights").await;
+    let (v1, weights) = (told[2].attr.ino, told[4].attr.ino);
+    let of_weights = vec![Invalidation::Content(weights)];
+    let entry = |name: &str| Invalidation::Entry {
+        parent: v1,
+        name: name.to_owned(),
+    };
+    // Killed before the bytes are gone.
+    first.tree.will_drop_content(Digest::of(b"w"));
+    assert_eq!(first.due(true), []);
+    let (second, _) = first.next(&fake).await;
+    assert_eq!(second.due(false), of_weights);
+    // Killed while it was told, and after the bytes are gone once more.
+    second.tree.will_drop_content(Digest::of(b"w"));
+    second.tree.drop_content(Digest::of(b"w"));
+    assert_eq!(second.due(false), of_weights);
+    let (third, _) = second.next(&fake).await;
+    assert_eq!(third.due(true), [of_weights.clone(), of_weights].concat());
+    let (fourth, _) = third.next(&fake).await;
+    assert_eq!(fourth.due(true), [], "it was told");
+
+    // The tag moves, and nobody hears of it.
+    fake.push("r.example/org/m:v1", &model(b"three", &[("new", "n")]));
+    let reference = "r.example/org/m:v1".parse().unwrap();
+    fourth.tree.refresh(&reference).await.unwrap();
+    assert!(fourth.due(false).contains(&entry("sub")));
+    let (fifth, _) = fourth.next(&fake).await;
+    let due = fifth.due(true);
+    assert!(due.contains(&entry("sub")) && due.contains(&entry("new")));
+    assert!(due.contains(&Invalidation::Content(v1)), "{due:?}");
+    let (sixth, _) = fifth.next(&fake).await;
+    assert_eq!(sixth.due(true), []);
+
+    // Numbers that are taken are not given to other debts.
+    sixth.tree.will_drop_content(Digest::of(b"n"));
+    let (seventh, _) = sixth.next(&fake).await;
+    seventh.tree.will_drop_content(Digest::of(b"w"));
+    let (_, state) = seventh.state();
+    assert_eq!(state.owed.len(), 2);
+}
+
+#[tokio::test]
+async fn of_an_artifact_that_is_missing_every_file_is_dropped() {
+    let fake = published();
+    let first = life(&fake, Journal::new().unwrap());
+    let told = first.walk("r.example/org/m:v1/config.json").await;
+    first.walk("r.example/org/m:v2").await;
+    first.tree.will_drop_content(Digest::of(b"w"));
+    *lock(&fake.broken) = Some(TreeError::Timeout {
+        what: "r.example".into(),
+        source: None,
+    });
+    let (second, restored) = first.next(&fake).await;
+    assert_eq!(restored.missing, 2);
+    assert_eq!(
+        second.due(true),
+        [Invalidation::Content(told[3].attr.ino)],
+        "which of them the blob is in cannot be told"
+    );
 }

@@ -67,4 +67,10 @@ pub enum Invalidation {
     Attributes(NodeId),
     /// What the kernel keeps of a file's content is wrong.
     Content(NodeId),
+    /// The kernel has been told of all that came before this: to be given to [`super::Tree::settle`].
+    Settled(DebtId),
 }
+
+/// Names what the kernel is owed to be told, in the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DebtId(pub(super) u64);

@@ -47,6 +47,7 @@ mod systemd;
 mod takeover;
 mod takeover_ends;
 mod takeover_manager;
+mod takeover_stale;
 mod tools;
 mod tree;
 mod trouble;

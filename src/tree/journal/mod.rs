@@ -9,8 +9,10 @@
 //! | a reference is bound to a digest | the answer to the first LOOKUP that it shows in |
 //! | a file is open, and by which backing id | the answer to OPEN |
 //! | a directory is open, and the names that it lists | the answer to OPENDIR |
+//! | what the kernel keeps is about to be wrong | what makes it wrong: a tag moves, bytes are thrown away |
 //!
-//! That something is forgotten or closed is written after it was, and may be lost: a node or name too many does no harm.
+//! That something is forgotten or closed, or that the kernel was told what to drop, is written after it was, and may be lost: a
+//! node or name too many does no harm, nor does it to drop right pages once more.
 //!
 //! # Where it is
 //! In a memfd: memory of the kernel's that has no name and lives for as long as a process has the descriptor. Whoever keeps the
@@ -40,12 +42,12 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
 use crate::base::lock;
 
-pub(super) use record::{Kept, Record};
+pub(super) use record::{Kept, Record, Stale};
 pub use state::State;
 pub(super) use state::{Opened, What};
 
 /// The version of the format, which both processes must agree on.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// What a journal begins with.
 const MAGIC: [u8; 8] = *b"ocifsjnl";

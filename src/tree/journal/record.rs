@@ -38,6 +38,19 @@ pub(in crate::tree) enum Kept {
     },
 }
 
+/// Something that the kernel must drop from its caches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::tree) enum Stale {
+    /// A name in a directory.
+    Entry { parent: u64, name: String },
+    /// A node's attributes.
+    Attributes(u64),
+    /// What is kept of a node's content.
+    Content(u64),
+    /// What is kept of the content of every file that a blob is in: nodes of such files may come to be until it is thrown away.
+    Blob(Digest),
+}
+
 /// One thing that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::tree) enum Record {
@@ -78,6 +91,10 @@ pub(in crate::tree) enum Record {
     Highest { handle: u64, backing: i32 },
     /// How often the session was taken over before what follows.
     Times { times: u64, reason: String },
+    /// What the kernel keeps of this is about to become wrong, and it will be told.
+    Owed { debt: u64, what: Vec<Stale> },
+    /// The kernel has been told.
+    Settled { debt: u64 },
 }
 
 /// A record as it grows.
@@ -149,6 +166,15 @@ impl Out<'_> {
         };
     }
 
+    fn stale(&mut self, stale: &Stale) {
+        match stale {
+            Stale::Entry { parent, name } => self.byte(1).number(*parent).text(name),
+            Stale::Attributes(node) => self.byte(2).number(*node),
+            Stale::Content(node) => self.byte(3).number(*node),
+            Stale::Blob(digest) => self.byte(4).digest(digest),
+        };
+    }
+
     fn record(&mut self, record: &Record) {
         match record {
             Record::Session(bytes) => {
@@ -206,6 +232,15 @@ impl Out<'_> {
             }
             Record::Times { times, reason } => {
                 self.byte(13).number(*times).text(reason);
+            }
+            Record::Owed { debt, what } => {
+                self.byte(14).number(*debt).number(what.len() as u64);
+                for stale in what {
+                    self.stale(stale);
+                }
+            }
+            Record::Settled { debt } => {
+                self.byte(15).number(*debt);
             }
         }
     }
@@ -289,6 +324,20 @@ impl<'a> In<'a> {
         })
     }
 
+    fn stale(&mut self) -> Result<Stale, Malformed> {
+        let [kind] = self.array()?;
+        Ok(match kind {
+            1 => Stale::Entry {
+                parent: self.number()?,
+                name: self.text()?,
+            },
+            2 => Stale::Attributes(self.number()?),
+            3 => Stale::Content(self.number()?),
+            4 => Stale::Blob(self.digest()?),
+            _ => return Err(Malformed),
+        })
+    }
+
     fn record(&mut self) -> Result<Record, Malformed> {
         let [kind] = self.array()?;
         Ok(match kind {
@@ -347,6 +396,15 @@ impl<'a> In<'a> {
             13 => Record::Times {
                 times: self.number()?,
                 reason: self.text()?,
+            },
+            14 => Record::Owed {
+                debt: self.number()?,
+                what: (0..self.number()?)
+                    .map(|_| self.stale())
+                    .collect::<Result<_, _>>()?,
+            },
+            15 => Record::Settled {
+                debt: self.number()?,
             },
             _ => return Err(Malformed),
         })

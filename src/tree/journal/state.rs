@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::record::{Kept, Record};
+use super::record::{Kept, Record, Stale};
 use crate::base::Digest;
 use crate::registry::Reference;
 
@@ -41,6 +41,8 @@ pub struct State {
     pub(in crate::tree) open: BTreeMap<u64, Opened>,
     pub(in crate::tree) highest_handle: u64,
     pub(in crate::tree) highest_backing: i32,
+    /// What the kernel was not told yet, in the order in which it became due.
+    pub(in crate::tree) owed: BTreeMap<u64, Vec<Stale>>,
     pub(in crate::tree) times: u64,
     pub(in crate::tree) reason: String,
 }
@@ -115,6 +117,8 @@ impl State {
                 names,
             } => self.opened(handle, node, unique, What::Directory { names }),
             Record::Closed { handle } => drop(self.open.remove(&handle)),
+            Record::Owed { debt, what } => drop(self.owed.insert(debt, what)),
+            Record::Settled { debt } => drop(self.owed.remove(&debt)),
             Record::Highest { handle, backing } => {
                 self.highest_handle = self.highest_handle.max(handle);
                 self.highest_backing = self.highest_backing.max(backing);
@@ -170,6 +174,11 @@ impl State {
                 },
             }
         });
-        head.into_iter().chain(bindings).chain(nodes).chain(open)
+        let owed = self.owed.iter().map(|(debt, what)| Record::Owed {
+            debt: *debt,
+            what: what.clone(),
+        });
+        let rest = bindings.chain(nodes).chain(open).chain(owed);
+        head.into_iter().chain(rest)
     }
 }

@@ -59,8 +59,17 @@ fn kept() -> impl Strategy<Value = Kept> {
     ]
 }
 
+fn stale() -> impl Strategy<Value = Stale> {
+    prop_oneof![
+        (2_u64..8, text()).prop_map(|(parent, name)| Stale::Entry { parent, name }),
+        (2_u64..8).prop_map(Stale::Attributes),
+        (2_u64..8).prop_map(Stale::Content),
+        digest().prop_map(Stale::Blob),
+    ]
+}
+
 fn record() -> impl Strategy<Value = Record> {
-    let (id, handle) = (2_u64..8, 1_u64..8);
+    let (id, handle, debt) = (2_u64..8, 1_u64..8, 1_u64..5);
     let names = prop::option::of(prop::collection::vec(text(), 0..4));
     prop_oneof![
         prop::collection::vec(any::<u8>(), 0..20).prop_map(Record::Session),
@@ -93,6 +102,9 @@ fn record() -> impl Strategy<Value = Record> {
         handle.prop_map(|handle| Record::Closed { handle }),
         (any::<u64>(), 0..9_i32).prop_map(|(handle, backing)| Record::Highest { handle, backing }),
         (any::<u64>(), text()).prop_map(|(times, reason)| Record::Times { times, reason }),
+        (debt.clone(), prop::collection::vec(stale(), 0..4))
+            .prop_map(|(debt, what)| Record::Owed { debt, what }),
+        debt.prop_map(|debt| Record::Settled { debt }),
     ]
 }
 
@@ -224,7 +236,7 @@ fn what_is_no_journal_or_lacks_something_is_refused() {
         .file
         .write_all_at(&(FORMAT + 1).to_le_bytes(), FORMAT_AT)
         .unwrap();
-    assert!(refused(descriptor(&journal).into()).contains("format 2"));
+    assert!(refused(descriptor(&journal).into()).contains("format 3"));
 
     let journal = Journal::new().unwrap();
     journal.session(b"session");

@@ -1,0 +1,163 @@
+//! The daemon is killed between the moment at which something that the kernel keeps becomes wrong and the moment at which the kernel is
+//! told so: the next daemon tells it.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer, Published};
+use crate::support::content::Content;
+use crate::support::held::Held;
+use crate::support::mount::ocifs;
+use crate::support::process::run_command;
+use crate::support::proxy::{Fault, Proxy};
+use crate::support::registry::Registry;
+use crate::support::{PATIENCE, eventually, scratch, within};
+
+const SIZE: u64 = (6 << 20) + 123;
+/// The byte that comes wrong.
+const WRONG: u64 = 3 << 20;
+/// How long the kernel may keep what is wrong, once somebody is there who knows.
+const SOON: Duration = Duration::from_secs(20);
+
+/// The thread of a daemon that tells the kernel what to drop, stopped as a debugger stops it.
+struct Stopped(libc::pid_t);
+
+impl Stopped {
+    fn of(daemon: u32) -> Self {
+        let tasks = fs::read_dir(format!("/proc/{daemon}/task")).unwrap();
+        let notifier = tasks.flatten().map(|task| task.path()).find(|task| {
+            fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "ocifs-notify")
+        });
+        let notifier = notifier.expect("it has such a thread");
+        let thread = notifier.file_name().unwrap().to_str().unwrap();
+        let this = Self(thread.parse().unwrap());
+        for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
+            // SAFETY: neither request reads or writes memory of this process.
+            let done = unsafe { libc::ptrace(request, this.0, 0, 0) };
+            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        }
+        this.wait();
+        this
+    }
+
+    /// Until it stops or ends.
+    fn wait(&self) {
+        // SAFETY: no status is asked for.
+        let waited = unsafe { libc::waitpid(self.0, std::ptr::null_mut(), libc::__WALL) };
+        assert_eq!(waited, self.0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// After its process was killed: who traces a thread has to see it go before the process can.
+    fn is_dead(self) {
+        self.wait();
+    }
+}
+
+struct Bench {
+    held: Held,
+    proxy: Proxy,
+    registry: Registry,
+    published: Published,
+    content: Content,
+    _cache: tempfile::TempDir,
+}
+
+impl Bench {
+    /// A model of one weight file whose pages the kernel keeps, and never reads without the daemon.
+    fn new(seed: u64) -> Self {
+        let (registry, content) = (Registry::open(), Content::new(seed));
+        let published = weights("model.safetensors", content.bytes(0, SIZE as usize))
+            .publish(&registry, "org/m:v1");
+        let (proxy, cache) = (Proxy::start(registry.address()), scratch("cache"));
+        let held = Held::start(cache.path(), ["-o", "passthrough=no"]);
+        Self {
+            held,
+            proxy,
+            registry,
+            published,
+            content,
+            _cache: cache,
+        }
+    }
+
+    fn model(&self) -> PathBuf {
+        self.held.path(&format!("{}/org/m:v1", self.proxy.host()))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.model().join("model.safetensors")
+    }
+}
+
+fn weights(name: &str, bytes: Vec<u8>) -> Artifact {
+    Artifact::docker_v02().layer(Layer::bytes(DOCKER_SAFETENSORS, bytes).at(name))
+}
+
+#[test]
+fn pages_of_a_blob_that_turned_out_wrong_do_not_outlive_the_daemon_that_knew() {
+    let bench = Bench::new(51);
+    let blob = &bench.published.layers[0];
+    bench.proxy.always(blob, Fault::Corrupt(WRONG));
+    let path = bench.file();
+    let stopped = Stopped::of(bench.held.daemon());
+    let (file, found) = within(PATIENCE, "read early", {
+        let path = path.clone();
+        move || (File::open(&path).unwrap(), fs::read(&path).unwrap())
+    });
+    let right = bench.content.bytes(WRONG, 1)[0];
+    let wrong = found[WRONG as usize];
+    assert_eq!(wrong, !right, "served before it is known to be wrong");
+    let wrongs = || bench.held.status()["wrong"].as_array().unwrap().len();
+    eventually(PATIENCE, "it is found wrong, and wrong again", || {
+        (wrongs() == 2).then_some(())
+    });
+    let at = |file: &File| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, WRONG).map(|()| byte[0])
+    };
+    assert_eq!(at(&file).unwrap(), wrong, "the kernel was not told");
+    bench.proxy.behave();
+    bench.held.kill_daemon();
+    stopped.is_dead();
+    // From the descriptor that was open all the while, and from a new one.
+    let found = within(PATIENCE, "read again", move || {
+        eventually(SOON, "the wrong byte goes", || {
+            (at(&file).ok()? != wrong).then_some(())
+        });
+        eventually(SOON, "the right byte comes", || {
+            (at(&file).ok()? == right).then_some(())
+        });
+        fs::read(&path).unwrap()
+    });
+    assert!(found == bench.content.bytes(0, SIZE as usize));
+    assert_eq!(bench.held.times(), 1);
+    bench.held.umount().ok();
+    bench.held.assert_gone();
+}
+
+#[test]
+fn names_of_a_tag_that_has_moved_do_not_outlive_the_daemon_that_moved_it() {
+    let bench = Bench::new(52);
+    let path = bench.file();
+    let stat = |path: PathBuf| within(PATIENCE, "stat", move || fs::metadata(path));
+    assert_eq!(stat(path.clone()).unwrap().len(), SIZE);
+    let new = bench.model().join("new.safetensors");
+    stat(new.clone()).expect_err("there is none yet");
+    weights("model.safetensors", vec![7; 4321])
+        .layer(Layer::bytes(DOCKER_SAFETENSORS, vec![8; 321]).at("new.safetensors"))
+        .publish(&bench.registry, "org/m:v1");
+    let stopped = Stopped::of(bench.held.daemon());
+    let reference = format!("{}/org/m:v1", bench.proxy.host());
+    run_command(ocifs(["refresh"]).arg(&reference), PATIENCE).ok();
+    assert_eq!(stat(path.clone()).unwrap().len(), SIZE, "not told");
+    bench.held.kill_daemon();
+    stopped.is_dead();
+    eventually(SOON, "what the tag shows now is seen", || {
+        let sizes = [&path, &new].map(|path| stat(path.clone()).map(|found| found.len()).ok());
+        (sizes == [Some(4321), Some(321)]).then_some(())
+    });
+    bench.held.umount().ok();
+    bench.held.assert_gone();
+}
