@@ -339,6 +339,7 @@ fn tree_config(settings: &Settings, blobs: &Blobs) -> TreeConfig {
     TreeConfig {
         tag_ttl: settings.model.tag_ttl,
         patience: settings.model.metadata_timeout,
+        read_patience: settings.blob.read_timeout,
         // A user without the capability finds out at the first open, and reads go through the daemon then.
         passthrough: settings.passthrough,
         uid: settings

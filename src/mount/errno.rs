@@ -11,6 +11,9 @@ pub(super) const READ_ONLY: Errno = Errno::ROFS;
 /// A name that is not UTF-8: nothing has such a name.
 pub(super) const NO_SUCH_NAME: Errno = Errno::NOENT;
 
+/// Bytes that could not be had, whatever kept them away: programs know this one, and retry or give up on it.
+pub(super) const NO_BYTES: Errno = Errno::IO;
+
 /// The buffer for an extended attribute is too small.
 pub(super) const BUFFER_TOO_SMALL: Errno = Errno::RANGE;
 
@@ -21,8 +24,7 @@ pub(super) fn errno(error: &TreeError) -> Errno {
         TreeError::Denied { .. } | TreeError::Forbidden { .. } => Errno::ACCESS,
         TreeError::Unusable { .. } | TreeError::Unreachable { .. } => Errno::IO,
         TreeError::Timeout { .. } => Errno::TIMEDOUT,
-        // Whatever kept the bytes away: programs know EIO, and retry or give up on it.
-        TreeError::Read { .. } | TreeError::Short { .. } => Errno::IO,
+        TreeError::Read { .. } | TreeError::Short { .. } => NO_BYTES,
         TreeError::Stale(_) => Errno::STALE,
         TreeError::NotDirectory => Errno::NOTDIR,
         TreeError::IsDirectory => Errno::ISDIR,

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use tokio::runtime::Handle;
 
-use super::errno::{NO_SUCH_NAME, READ_ONLY, errno};
+use super::errno::{NO_BYTES, NO_SUCH_NAME, READ_ONLY, errno};
 use super::meter::Meter;
 use super::passthrough::Backings;
 use super::reply::{
@@ -27,17 +27,105 @@ const STATFS_UNIT: u32 = 4096;
 const NAME_MAX: u32 = 255;
 
 /// The file system that a session serves.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Ocifs {
     pub(super) tree: Tree,
     pub(super) runtime: Handle,
-    pub(super) backings: Backings,
+    pub(super) backings: Arc<Backings>,
     pub(super) meter: Arc<Meter>,
 }
 
 impl Handler for Ocifs {
     fn handle(&self, node: u64, operation: Operation<'_>, reply: Reply) {
         let node = NodeId(node);
+        let listing = matches!(operation, Operation::ReadDir { .. });
+        if self.tree.is_absent(node, listing)
+            && let Some(later) = Later::of(operation)
+        {
+            return self.handle_later(node, later, reply);
+        }
+        self.handle_now(node, operation, reply);
+    }
+
+    fn forget(&self, nodes: Forgets<'_>) {
+        for (node, count) in nodes.iter() {
+            self.tree.forget(NodeId(node), count);
+        }
+    }
+}
+
+/// A request that can wait for its node, on its own.
+enum Later {
+    GetAttr,
+    Open(u32),
+    Read(u64, u64, u32),
+    GetXattr(Vec<u8>, u32),
+    ListXattr(u32),
+    ReadDir(u64, u64, u32, bool),
+}
+
+impl Later {
+    /// `None` for what needs no more than is known of a node that cannot be had.
+    fn of(operation: Operation<'_>) -> Option<Self> {
+        Some(match operation {
+            Operation::GetAttr => Self::GetAttr,
+            Operation::Open { flags } => Self::Open(flags),
+            Operation::Read {
+                handle,
+                offset,
+                size,
+            } => Self::Read(handle, offset, size),
+            Operation::GetXattr { name, size } => Self::GetXattr(name.to_vec(), size),
+            Operation::ListXattr { size } => Self::ListXattr(size),
+            Operation::ReadDir {
+                handle,
+                offset,
+                size,
+                plus,
+            } => Self::ReadDir(handle, offset, size, plus),
+            _ => return None,
+        })
+    }
+
+    fn operation(&self) -> Operation<'_> {
+        match *self {
+            Self::GetAttr => Operation::GetAttr,
+            Self::Open(flags) => Operation::Open { flags },
+            Self::Read(handle, offset, size) => Operation::Read {
+                handle,
+                offset,
+                size,
+            },
+            Self::GetXattr(ref name, size) => Operation::GetXattr { name, size },
+            Self::ListXattr(size) => Operation::ListXattr { size },
+            Self::ReadDir(handle, offset, size, plus) => Operation::ReadDir {
+                handle,
+                offset,
+                size,
+                plus,
+            },
+        }
+    }
+}
+
+impl Ocifs {
+    /// Answers once the node, which a process before this one told the kernel of, can be had.
+    fn handle_later(&self, node: NodeId, later: Later, reply: Reply) {
+        let this = self.clone();
+        self.runtime.spawn(async move {
+            let bytes = matches!(later, Later::Read(..));
+            match reply.wait(this.tree.come(node, bytes)).await {
+                Some((reply, Ok(()))) => this.handle_now(node, later.operation(), reply),
+                Some((reply, Err(error))) => reply.error(match bytes {
+                    true => NO_BYTES,
+                    false => errno(&error),
+                }),
+                None => {}
+            }
+        });
+    }
+
+    fn handle_now(&self, node: NodeId, operation: Operation<'_>, reply: Reply) {
         match operation {
             Operation::Lookup { name } => self.lookup(node, name, reply),
             Operation::GetAttr => match self.tree.getattr(node) {
@@ -93,14 +181,6 @@ impl Handler for Ocifs {
         }
     }
 
-    fn forget(&self, nodes: Forgets<'_>) {
-        for (node, count) in nodes.iter() {
-            self.tree.forget(NodeId(node), count);
-        }
-    }
-}
-
-impl Ocifs {
     fn lookup(&self, parent: NodeId, name: &[u8], reply: Reply) {
         let Ok(name) = str::from_utf8(name) else {
             return reply.error(NO_SUCH_NAME);

@@ -273,7 +273,7 @@ impl Mount {
         let filesystem = Ocifs {
             tree: tree.clone(),
             runtime,
-            backings,
+            backings: Arc::new(backings),
             meter: Arc::clone(&options.meter),
         };
         let notifying = Activity::default();

@@ -15,6 +15,8 @@ pub struct TreeConfig {
     pub failure_ttl: Duration,
     /// For how long a lookup, an open or a listing may take: the kernel cannot interrupt those.
     pub patience: Duration,
+    /// For how long a read waits for a file that a process before this one has opened and this one cannot have yet.
+    pub read_patience: Duration,
     /// For how long a listing waits for a repository's tags.
     pub tags_patience: Duration,
     /// Owner of everything.
@@ -39,6 +41,7 @@ impl Default for TreeConfig {
             tag_ttl: Duration::from_secs(15 * 60),
             failure_ttl: Duration::from_secs(5),
             patience: Duration::from_secs(15),
+            read_patience: Duration::from_secs(300),
             tags_patience: Duration::from_secs(2),
             uid: 0,
             gid: 0,
@@ -57,6 +60,7 @@ impl fmt::Debug for TreeConfig {
             .field("tag_ttl", &self.tag_ttl)
             .field("failure_ttl", &self.failure_ttl)
             .field("patience", &self.patience)
+            .field("read_patience", &self.read_patience)
             .field("tags_patience", &self.tags_patience)
             .field("uid", &self.uid)
             .field("gid", &self.gid)

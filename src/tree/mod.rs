@@ -12,12 +12,14 @@
 //!   listing    what is known, and what is shown  never asks for a manifest
 //! restore(state)
 //!   journal    what the kernel was told          so that another process can go on
+//!   absent     what of it cannot be had yet    who asks for that waits
 //!   debts      what it must be told to drop      noted before it is due, until it was told
 //! ```
 //!
 //! Registries are reached through [`Catalogue`] alone, so everything here is tested with one that is a map in memory.
 //! Whatever can be answered at once has a `try_…` method that never waits; its async twin asks the registry.
 
+mod absent;
 mod attr;
 mod binding;
 mod catalogue;

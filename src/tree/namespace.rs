@@ -5,6 +5,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use super::absent::Absent;
 use super::binding::{Binding, BoundModel};
 use super::debts::Debts;
 use super::handles::{HandleId, Handles};
@@ -51,6 +52,7 @@ pub(super) struct Inner {
     pub(super) handles: Handles,
     pub(super) modes: Modes,
     pub(super) debts: Arc<Debts>,
+    pub(super) absent: Absent,
     /// Handles of the process before this one, by the request that they were to answer.
     pub(super) unanswered: Mutex<HashMap<u64, HandleId>>,
 }
@@ -98,6 +100,7 @@ impl Tree {
             handles: Handles::new(),
             modes: Modes::new(passthrough),
             debts,
+            absent: Absent::new(),
             unanswered: Mutex::default(),
         };
         (Self(Arc::new(inner)), receiver)

@@ -2,7 +2,8 @@
 //!
 //! Everything that the kernel may name is there again before the first request is answered: nodes, open handles, what references
 //! show. What is in the artifacts comes from the cache, in which their manifests and headers are; the registry is not asked what a
-//! tag points at. Where an artifact cannot be had at once, all else goes on, and it is tried again until it can.
+//! tag points at. Where an artifact cannot be had at once, all else goes on, it is tried again until it can, and who asks for what is
+//! in it waits ([`super::absent`]).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
@@ -16,21 +17,27 @@ use super::journal::{Kept, Opened, State, What};
 use super::namespace::Tree;
 use super::node::{Node, NodeId};
 use super::shown::Shown;
-use super::{DebtId, debts};
+use super::{DebtId, TreeError, absent, debts};
 use crate::base::{Digest, lock};
 use crate::registry::Repository;
 
 /// How many artifacts are opened at a time.
 const CONCURRENT: usize = 16;
 
+/// How long nothing is served for artifacts that cannot be had at once.
+const AT_FIRST: Duration = Duration::from_secs(1);
+
 /// How long is waited before an artifact that could not be had is tried again: at first, and at most.
 const AGAIN: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
 
 /// An artifact and where it can be had.
-type Source = (Repository, Digest);
+pub(super) type Source = (Repository, Digest);
 
 /// Those that could be had.
 type Had = HashMap<Source, Arc<Shown>>;
+
+/// Those that could not, and why, where that is known.
+type Missing = HashMap<Source, Option<TreeError>>;
 
 /// What the layer above must take over.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -79,8 +86,10 @@ impl Tree {
             self.0.resolver.promise(reference, *digest);
         }
         let sources: HashSet<Source> = state.sources().collect();
-        let (had, missing) = self.shown(sources.into_iter().collect()).await;
+        let patience = AT_FIRST.min(self.0.config.patience);
+        let (had, missing) = self.shown(sources, patience).await;
         self.adopt(&state, &had);
+        self.keep_absent(&state, &missing);
         self.pay_debts(&state, &missing);
         restored.missing = missing.len();
         if !missing.is_empty() {
@@ -89,31 +98,35 @@ impl Tree {
         restored
     }
 
-    /// Opens artifacts, for as long as a lookup may take; those that cannot be had.
-    async fn shown(&self, sources: Vec<Source>) -> (Had, Vec<Source>) {
-        let end = tokio::time::Instant::now() + self.0.config.patience;
+    /// Opens artifacts, for as long as `patience`; those that cannot be had.
+    async fn shown(
+        &self,
+        sources: impl IntoIterator<Item = Source>,
+        patience: Duration,
+    ) -> (Had, Missing) {
+        let end = tokio::time::Instant::now() + patience;
         let open = |source: Source| async move {
             let (repository, digest) = &source;
             let opened = self.0.resolver.catalogue().open(repository, digest);
             let shown = match tokio::time::timeout_at(end, opened).await {
-                Ok(Ok(model)) => Some(Arc::new(Shown::new(repository.clone(), model))),
+                Ok(Ok(model)) => Ok(Arc::new(Shown::new(repository.clone(), model))),
                 Ok(Err(error)) => {
                     tracing::warn!(%repository, %digest, reason = error.chain(), "what the kernel holds of it cannot be had yet");
-                    None
+                    Err(Some(error))
                 }
                 Err(_) => {
                     tracing::warn!(%repository, %digest, "what the kernel holds of it takes long to be had");
-                    None
+                    Err(None)
                 }
             };
             (source, shown)
         };
         let mut opened = stream::iter(sources).map(open).buffer_unordered(CONCURRENT);
-        let (mut had, mut missing) = (HashMap::new(), Vec::new());
+        let (mut had, mut missing) = (HashMap::new(), HashMap::new());
         while let Some((source, shown)) = opened.next().await {
             match shown {
-                Some(shown) => drop(had.insert(source, shown)),
-                None => missing.push(source),
+                Ok(shown) => drop(had.insert(source, shown)),
+                Err(error) => drop(missing.insert(source, error)),
             }
         }
         (had, missing)
@@ -156,17 +169,11 @@ impl Tree {
 
     /// Has the kernel told of what the process before this one owed. Which files a blob is in is not known of an artifact that is
     /// missing: all of its are dropped.
-    fn pay_debts(&self, state: &State, missing: &[Source]) {
-        let of_missing = state.nodes.iter().filter_map(|(id, told)| {
-            let Kept::File {
-                repository, digest, ..
-            } = &told.node
-            else {
-                return None;
-            };
-            let of = |source: &Source| source.1 == *digest && source.0 == *repository;
-            missing.iter().any(of).then_some(NodeId(*id))
-        });
+    fn pay_debts(&self, state: &State, missing: &Missing) {
+        let files = state.files();
+        let of_missing = files
+            .filter(|(_, source)| missing.contains_key(source))
+            .map(|(node, _)| node);
         for (debt, what) in &state.owed {
             let files = |blob: &Digest| {
                 let known = self.files_of(blob).into_iter();
@@ -175,6 +182,30 @@ impl Tree {
             let events = what.iter().flat_map(|stale| debts::events(stale, files));
             self.0.debts.pay(Some(DebtId(*debt)), events);
         }
+    }
+
+    /// Has those wait who ask for what is of artifacts that are missing: files, and directories that are open.
+    fn keep_absent(&self, state: &State, missing: &Missing) {
+        let directories = state.open.values().filter_map(|opened| {
+            let told = state.nodes.get(&opened.node)?;
+            let (What::Directory { names: None }, Kept::Directory { place, .. }) =
+                (&opened.what, &told.node)
+            else {
+                return None;
+            };
+            let digest = state.bindings.get(&place.reference())?;
+            let source = (place.repository().clone(), *digest);
+            Some((NodeId(opened.node), (absent::What::Listing, source)))
+        });
+        let files = state.files();
+        let files = files.map(|(node, source)| (node, (absent::What::File, source)));
+        let nodes = files.chain(directories);
+        let nodes = nodes.filter(|(_, (_, source))| missing.contains_key(source));
+        let refused = missing.iter().filter_map(|(source, error)| {
+            let error = error.as_ref().filter(|error| error.is_final())?;
+            Some((source.clone(), error.clone()))
+        });
+        self.0.absent.are(nodes.collect(), refused.collect());
     }
 
     fn adopt_handle(&self, handle: u64, opened: &Opened) {
@@ -226,28 +257,41 @@ impl Tree {
         self.0.handles.adopt_file(handle, node, file, hold);
     }
 
-    /// Tries again until everything could be had.
-    async fn retry(self, state: State, mut sources: Vec<Source>) {
-        let [mut pause, longest] = AGAIN;
-        while !sources.is_empty() {
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
-            let (had, missing) = self.shown(sources).await;
+    /// Tries again until everything could be had: soon while somebody waits, else less and less often.
+    async fn retry(self, state: State, mut missing: Missing) {
+        let [first, longest] = AGAIN;
+        let mut pause = first;
+        while !missing.is_empty() {
+            tokio::time::sleep(first).await;
+            let rest = pause.saturating_sub(first);
+            pause = match tokio::time::timeout(rest, self.0.absent.wanted()).await {
+                Ok(()) => first,
+                Err(_) => (pause * 2).min(longest),
+            };
+            let had;
+            (had, missing) = self
+                .shown(missing.into_keys(), self.0.config.patience)
+                .await;
             self.adopt(&state, &had);
-            sources = missing;
+            self.keep_absent(&state, &missing);
         }
     }
 }
 
 impl State {
-    /// The artifacts that files are of, and those that references show.
-    fn sources(&self) -> impl Iterator<Item = Source> {
-        let files = self.nodes.values().filter_map(|told| match &told.node {
+    /// Files and the artifacts that they are of.
+    fn files(&self) -> impl Iterator<Item = (NodeId, Source)> + Clone {
+        self.nodes.iter().filter_map(|(id, told)| match &told.node {
             Kept::File {
                 repository, digest, ..
-            } => Some((repository.clone(), *digest)),
+            } => Some((NodeId(*id), (repository.clone(), *digest))),
             _ => None,
-        });
+        })
+    }
+
+    /// The artifacts that files are of, and those that references show.
+    fn sources(&self) -> impl Iterator<Item = Source> {
+        let files = self.files().map(|(_, source)| source);
         let shown = self.bindings.iter();
         files.chain(shown.map(|(reference, digest)| (reference.repository().clone(), *digest)))
     }

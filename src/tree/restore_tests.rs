@@ -205,6 +205,7 @@ async fn an_artifact_that_cannot_be_had_is_tried_again_and_nothing_else_is_shown
     let told = first.walk("r.example/org/m:v1/config.json").await;
     let file = told[3].attr.ino;
     let handle = first.open(file, 10, 0);
+    let listed = first.opendir(told[2].attr.ino, 12).await;
     let away = TreeError::Timeout {
         what: "r.example".into(),
         source: None,
@@ -213,10 +214,23 @@ async fn an_artifact_that_cannot_be_had_is_tried_again_and_nothing_else_is_shown
     let (second, restored) = first.next(&fake).await;
     assert_eq!(restored.missing, 1);
     assert!(second.tree.getattr(told[0].attr.ino).is_ok());
-    assert!(matches!(
-        second.tree.getattr(file),
-        Err(TreeError::Stale(_))
-    ));
+    // Who asks for it waits, and is told in time that it does not come.
+    assert!(second.tree.is_absent(file, false));
+    assert!(second.tree.is_absent(told[2].attr.ino, true));
+    assert!(!second.tree.is_absent(told[2].attr.ino, false));
+    assert!(!second.tree.is_absent(told[1].attr.ino, true));
+    let waited = second.tree.come(file, false).await;
+    assert!(
+        matches!(waited, Err(TreeError::Timeout { .. })),
+        "{waited:?}"
+    );
+    // What will not come is told at once.
+    *lock(&fake.broken) = Some(TreeError::not_found("the artifact"));
+    let waited = second.tree.come(file, true).await;
+    assert!(
+        matches!(waited, Err(TreeError::NotFound { .. })),
+        "{waited:?}"
+    );
     fake.push("r.example/org/m:v1", &model(b"three", &[("new", "n")]));
     // Back again; the tag has moved and was not asked for.
     *lock(&fake.broken) = None;
@@ -229,6 +243,10 @@ async fn an_artifact_that_cannot_be_had_is_tried_again_and_nothing_else_is_shown
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(second.text(file, handle).await, "{}");
+    assert!(!second.tree.is_absent(file, false));
+    second.tree.come(file, true).await.unwrap();
+    let names = second.names(told[2].attr.ino, listed);
+    assert!(names.iter().any(|(name, _)| name == "config.json"));
     // Both processes have told the kernel of it once.
     second.tree.forget(file, 1);
     assert!(second.tree.getattr(file).is_ok());

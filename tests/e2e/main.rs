@@ -45,6 +45,7 @@ mod serve;
 mod sharing;
 mod systemd;
 mod takeover;
+mod takeover_away;
 mod takeover_ends;
 mod takeover_manager;
 mod takeover_stale;
