@@ -46,7 +46,8 @@
 //! # When the daemon dies
 //!
 //! The kernel ends a FUSE mount when the last descriptor of its device is closed. So another process keeps one: systemd, or a holder
-//! of ours ([`mount::hold`]) that does nothing else. Before the kernel is told of a node, a binding or an open file, that is in a
+//! of ours ([`mount::hold`]) that does nothing else. Before the kernel is told of a node, a binding or an open file, and before what it
+//! keeps becomes wrong, that is in a
 //! journal ([`tree::Journal`]), which lies in memory of the kernel's and is kept beside the device. The next daemon reads it,
 //! has every node and handle again under its number ([`tree::Tree::restore`]), has the kernel send once more what was not answered
 //! ([`fuse::Notifier::resend`]) and goes on. `ocifs restart` is the same on purpose.

@@ -270,14 +270,15 @@ impl Mount {
         control: Server,
         runtime: Handle,
     ) -> Result<Self, MountError> {
+        let journal = tree.journal();
         let filesystem = Ocifs {
-            tree: tree.clone(),
+            tree,
             runtime,
             backings: Arc::new(backings),
             meter: Arc::clone(&options.meter),
         };
         let notifying = Activity::default();
-        let serving = notify(session.notifier(), events, tree.clone(), notifying.clone())
+        let serving = notify(session.notifier(), events, journal, notifying.clone())
             .and_then(|()| session.serve(filesystem, options.threads.max(2)))
             .map_err(|source| MountError::Setup {
                 action: "cannot start a thread for",
@@ -459,7 +460,7 @@ fn take_down(info: &MountInfo) -> Result<bool, MountError> {
 fn notify(
     notifier: Notifier,
     events: Receiver<Invalidation>,
-    tree: Tree,
+    journal: Option<Arc<Journal>>,
     activity: Activity,
 ) -> std::io::Result<()> {
     let pass_on = move || {
@@ -471,7 +472,9 @@ fn notify(
                 // A page under way is waited for, which this thread may do.
                 Invalidation::Content(node) => notifier.content(node.0),
                 Invalidation::Settled(debt) => {
-                    tree.settle(*debt);
+                    if let Some(journal) = &journal {
+                        journal.settle(*debt);
+                    }
                     Ok(())
                 }
             };

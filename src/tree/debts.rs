@@ -5,7 +5,7 @@
 //! 1. the debt is in the journal, by what it is about;
 //! 2. what makes the kernel's copy wrong happens: the bytes of a blob are thrown away, a tag is bound to another digest;
 //! 3. the kernel is told, by a thread of its own that owes nobody an answer ([`crate::mount`]);
-//! 4. the debt is settled in the journal.
+//! 4. the debt is settled in the journal ([`Journal::settle`]).
 //!
 //! A kill before 2 has the kernel drop what was right, a kill before 4 has it drop twice; neither does harm. The process that goes on
 //! pays what is left while it serves, by that same thread: what the kernel waits for meanwhile (a page that is being read, a
@@ -48,7 +48,9 @@ impl Debts {
     /// Step 1.
     pub(super) fn owe(&self, what: Vec<Stale>) -> DebtId {
         let debt = self.next.fetch_add(1, Ordering::Relaxed);
-        self.write(&Record::Owed { debt, what });
+        if let Some(journal) = &self.journal {
+            journal.write(&Record::Owed { debt, what });
+        }
         DebtId(debt)
     }
 
@@ -71,11 +73,6 @@ impl Debts {
     pub(super) fn tell(&self, events: Vec<Invalidation>) {
         let debt = self.owe_events(&events);
         self.pay(debt, events);
-    }
-
-    /// Step 4.
-    pub(super) fn settle(&self, debt: DebtId) {
-        self.write(&Record::Settled { debt: debt.0 });
     }
 
     /// Step 1 for a blob whose bytes are about to be thrown away.
@@ -110,12 +107,6 @@ impl Debts {
     /// Whoever listened may be gone at the end of a mount: then the kernel holds nothing either.
     fn send(&self, event: Invalidation) {
         drop(self.events.send(event));
-    }
-
-    fn write(&self, record: &Record) {
-        if let Some(journal) = &self.journal {
-            journal.write(record);
-        }
     }
 }
 

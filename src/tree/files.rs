@@ -4,7 +4,7 @@ use super::handles::{Closed, HandleId, OpenFile};
 use super::journal::{Record, What};
 use super::namespace::Tree;
 use super::node::{Node, NodeId};
-use super::{DebtId, Invalidation, Opened, TreeError, Way};
+use super::{Invalidation, Opened, TreeError, Way};
 use crate::base::{Digest, lock};
 
 impl Tree {
@@ -168,11 +168,6 @@ impl Tree {
             let files = self.files_of(&blob).into_iter();
             self.0.debts.pay(None, files.map(Invalidation::Content));
         }
-    }
-
-    /// The kernel has been told of all that this debt was about.
-    pub fn settle(&self, debt: DebtId) {
-        self.0.debts.settle(debt);
     }
 
     /// The nodes of files that a blob is in.

@@ -73,8 +73,13 @@ impl Tree {
     /// ends. From the call on, and not only once the result is awaited, nothing of a blob is thrown away that the kernel is not owed to
     /// be told of.
     pub fn follow(self, blobs: &Blobs) -> impl Future<Output = ()> + use<> {
-        let tree = self.clone();
-        blobs.before_discarding(move |blob| tree.will_drop_content(blob));
+        // The tree has the blobs, by its catalogue.
+        let tree = Arc::downgrade(&self.0);
+        blobs.before_discarding(move |blob| {
+            if let Some(tree) = tree.upgrade() {
+                Tree(tree).will_drop_content(blob);
+            }
+        });
         self.hear(blobs.events())
     }
 

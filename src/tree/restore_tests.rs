@@ -78,7 +78,7 @@ impl Life {
         let mut due = Vec::new();
         for event in self.events.try_iter() {
             match event {
-                Invalidation::Settled(debt) if told => self.tree.settle(debt),
+                Invalidation::Settled(debt) if told => self.journal.settle(debt),
                 Invalidation::Settled(_) => {}
                 event => due.push(event),
             }

@@ -67,7 +67,7 @@ pub enum Invalidation {
     Attributes(NodeId),
     /// What the kernel keeps of a file's content is wrong.
     Content(NodeId),
-    /// The kernel has been told of all that came before this: to be given to [`super::Tree::settle`].
+    /// The kernel has been told of all that came before this: to be given to [`super::Journal::settle`].
     Settled(DebtId),
 }
 

@@ -50,7 +50,7 @@ impl Stopped {
     }
 
     /// After its process was killed: who traces a thread has to see it go before the process can.
-    fn is_dead(self) {
+    fn reap(self) {
         self.wait();
     }
 }
@@ -102,25 +102,30 @@ fn pages_of_a_blob_that_turned_out_wrong_do_not_outlive_the_daemon_that_knew() {
     bench.proxy.always(blob, Fault::Corrupt(WRONG));
     let path = bench.file();
     let stopped = Stopped::of(bench.held.daemon());
-    let (file, found) = within(PATIENCE, "read early", {
+    let at = |file: &File| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, WRONG).map(|()| byte[0])
+    };
+    let (file, wrong) = within(PATIENCE, "read early", {
         let path = path.clone();
-        move || (File::open(&path).unwrap(), fs::read(&path).unwrap())
+        move || {
+            let file = File::open(&path).unwrap();
+            let early = at(&file).unwrap();
+            // All of it, for it to be found wrong. That may happen before this ends.
+            let _ = fs::read(&path);
+            (file, early)
+        }
     });
     let right = bench.content.bytes(WRONG, 1)[0];
-    let wrong = found[WRONG as usize];
     assert_eq!(wrong, !right, "served before it is known to be wrong");
     let wrongs = || bench.held.status()["wrong"].as_array().unwrap().len();
     eventually(PATIENCE, "it is found wrong, and wrong again", || {
         (wrongs() == 2).then_some(())
     });
-    let at = |file: &File| {
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, WRONG).map(|()| byte[0])
-    };
     assert_eq!(at(&file).unwrap(), wrong, "the kernel was not told");
     bench.proxy.behave();
     bench.held.kill_daemon();
-    stopped.is_dead();
+    stopped.reap();
     // From the descriptor that was open all the while, and from a new one.
     let found = within(PATIENCE, "read again", move || {
         eventually(SOON, "the wrong byte goes", || {
@@ -150,10 +155,16 @@ fn names_of_a_tag_that_has_moved_do_not_outlive_the_daemon_that_moved_it() {
         .publish(&bench.registry, "org/m:v1");
     let stopped = Stopped::of(bench.held.daemon());
     let reference = format!("{}/org/m:v1", bench.proxy.host());
-    run_command(ocifs(["refresh"]).arg(&reference), PATIENCE).ok();
+    // Every mount of the machine is told, and some may be in trouble.
+    let said = run_command(ocifs(["refresh"]).arg(&reference), PATIENCE);
+    let line = format!("{}: {reference} is sha256:", bench.held.root().display());
+    assert!(
+        String::from_utf8_lossy(&said.stdout).contains(&line),
+        "{said}"
+    );
     assert_eq!(stat(path.clone()).unwrap().len(), SIZE, "not told");
     bench.held.kill_daemon();
-    stopped.is_dead();
+    stopped.reap();
     eventually(SOON, "what the tag shows now is seen", || {
         let sizes = [&path, &new].map(|path| stat(path.clone()).map(|found| found.len()).ok());
         (sizes == [Some(4321), Some(321)]).then_some(())

@@ -40,6 +40,7 @@ use std::sync::Mutex;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
+use super::DebtId;
 use crate::base::lock;
 
 pub(super) use record::{Kept, Record, Stale};
@@ -163,6 +164,11 @@ impl Journal {
     pub fn taken_over(&self, reason: &str) {
         let reason = reason.to_owned();
         self.write(&Record::TakenOver { reason });
+    }
+
+    /// The kernel has been told of all that this debt was about.
+    pub fn settle(&self, debt: DebtId) {
+        self.write(&Record::Settled { debt: debt.0 });
     }
 
     /// Nobody keeps it: nothing is written from here on, and whoever has it all the same is refused it.
