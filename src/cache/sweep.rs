@@ -16,6 +16,7 @@ use super::Cache;
 use super::disk::{self, Access};
 use super::layout::is_temporary;
 use super::lock;
+use super::unpacked::names;
 
 impl Cache {
     /// Takes the name away of a file that somebody has open. Under the lock; `file` is that file.
@@ -34,10 +35,7 @@ impl Cache {
     /// Removes what was taken away and nobody has open any more.
     pub(super) fn sweep_removed(&self) {
         each(&self.layout().removed_dir(), |path| {
-            if lock::alone(&disk::open(path, Access::Read)?)? {
-                disk::remove(path)?;
-            }
-            Ok(())
+            remove_left(path, lock::alone)
         });
     }
 
@@ -45,24 +43,29 @@ impl Cache {
     pub(super) fn sweep(&self) {
         self.sweep_removed();
         for dir in self.layout().replaced_in() {
-            each(&dir, |path| {
-                // Who writes one has it locked.
-                if is_temporary(path) && lock::try_exclusive(&disk::open(path, Access::Read)?)? {
-                    disk::remove(path)?;
-                }
-                Ok(())
+            each(&dir, |path| match is_temporary(path) {
+                true => remove_left(path, lock::try_exclusive),
+                false => Ok(()),
             });
         }
         each(&self.layout().unpacked_dir(), |path| {
-            let file = disk::open(path, Access::Read)?;
-            if lock::try_exclusive(&file)? {
-                disk::remove(path)?;
-            }
-            Ok(())
+            remove_left(path, lock::try_exclusive)
         });
         each(&self.layout().partial_dir(), sweep_map);
         each(&self.layout().partial_dir(), sweep_data);
     }
+}
+
+/// Removes a file that nobody has locked: who makes one has it locked from its first moment on, or finds that its name is gone.
+///
+/// The lock is kept until the name is gone, so that nobody begins to use the file in between. The name may have passed to another
+/// file before it was locked: names are used again, by processes of one number in several containers, and for one layer.
+fn remove_left(path: &Path, lock: impl FnOnce(&File) -> io::Result<bool>) -> io::Result<()> {
+    let file = disk::open(path, Access::Read)?;
+    if lock(&file)? && names(path, &file) {
+        disk::remove(path)?;
+    }
+    Ok(())
 }
 
 /// Removes a map that belongs to nothing: one that stayed when its blob was sealed, evicted or thrown away.
@@ -98,15 +101,7 @@ fn sweep_data(path: &Path) -> io::Result<()> {
     if !orphan {
         return Ok(());
     }
-    // Locked until it is gone, so that it is the same file all the while.
-    let data = disk::open(path, Access::Read)?;
-    if lock::try_exclusive(&data)? {
-        let (now, open) = (fs::symlink_metadata(path)?, data.metadata()?);
-        if (now.dev(), now.ino()) == (open.dev(), open.ino()) {
-            disk::remove(path)?;
-        }
-    }
-    Ok(())
+    remove_left(path, lock::try_exclusive)
 }
 
 /// Does something to each file in a directory; what fails for one is no reason to leave the others.

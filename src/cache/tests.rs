@@ -485,3 +485,48 @@ fn what_is_sealed_is_the_file_that_was_hashed_and_no_other_of_its_name() {
         "and the other one is not hindered"
     );
 }
+
+/// Threads, each with descriptors of its own, are to each other as processes are.
+#[test]
+fn what_somebody_is_writing_is_not_swept() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 1 << 30);
+    let layer = Digest::of(b"layer");
+    let path = dir
+        .path()
+        .join(format!("ocifs/unpacked/{}.tar", layer.hex()));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let relaxed = std::sync::atomic::Ordering::Relaxed;
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !over.load(relaxed) {
+                    cache.sweep();
+                }
+            });
+        }
+        let began = std::time::Instant::now();
+        let mut lost = Vec::new();
+        let mut rounds = 0;
+        while lost.is_empty() && began.elapsed() < std::time::Duration::from_secs(3) {
+            rounds += 1;
+            let note = dir.path().join("ocifs/notes/note");
+            if let Err(error) = super::layout::replace(&note, b"{}") {
+                lost.push(format!("a note: {error}"));
+            }
+            // As a crash leaves one.
+            std::fs::write(&path, "left").unwrap();
+            let Ok(Unpacking::Ours(mut unpacker)) = cache.unpack(&layer) else {
+                continue;
+            };
+            unpacker.push(b"live").unwrap();
+            std::thread::yield_now();
+            if unpacker.growing().len() != 4 || !path.exists() {
+                lost.push("a layer that is being unpacked".to_owned());
+            }
+        }
+        over.store(true, relaxed);
+        println!("{rounds} rounds");
+        assert!(lost.is_empty(), "{lost:?} in round {rounds}");
+    });
+}

@@ -230,7 +230,7 @@ impl Drop for Unpacker {
 }
 
 /// Whether `path` still leads to this file.
-fn names(path: &Path, file: &File) -> bool {
+pub(super) fn names(path: &Path, file: &File) -> bool {
     let (now, open) = (fs::symlink_metadata(path), file.metadata());
     now.is_ok_and(|now| open.is_ok_and(|open| (now.dev(), now.ino()) == (open.dev(), open.ino())))
 }
