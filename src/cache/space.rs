@@ -225,9 +225,9 @@ impl Cache {
                 if exhausted() {
                     return Err(full());
                 }
-                let target = space.limit.saturating_sub(bytes);
-                let target = target.saturating_sub(space.limit / SLACK);
-                allocated = self.evict_from(scan, target);
+                let least = space.limit.saturating_sub(bytes);
+                let target = least.saturating_sub(space.limit / SLACK);
+                allocated = self.evict_from(scan, target, least);
                 if allocated.saturating_add(bytes) > space.limit {
                     *guard(&space.exhausted) = Some(Instant::now());
                     return Err(full());
@@ -237,7 +237,7 @@ impl Cache {
             // The disk is full before the limit is reached. What nobody uses makes room there, too.
             if matches!(done, Err(CacheError::Full { .. })) && !exhausted() {
                 let target = allocated.saturating_sub(bytes.max(allocated / SLACK));
-                let left = self.evict_from(self.scan()?, target);
+                let left = self.evict_from(self.scan()?, target, u64::MAX);
                 if left < allocated {
                     allocated = left;
                     done = allocate();
@@ -262,11 +262,12 @@ impl Cache {
 
     /// Evicts blobs that nobody uses, least recently used first, until at most `target` bytes are allocated. Returns what is.
     pub fn evict(&self, target: u64) -> Result<u64, CacheError> {
-        self.locked(|| Ok(self.evict_from(self.scan()?, target)))
+        self.locked(|| Ok(self.evict_from(self.scan()?, target, u64::MAX)))
     }
 
-    /// Evicts from what a scan found. Under the lock.
-    fn evict_from(&self, scan: Scan, target: u64) -> u64 {
+    /// Evicts from what a scan found until `target` is reached; nothing once it shows that not even `least` can be, for a blob that
+    /// does not fit in any case must not drive out all manifests. Under the lock.
+    fn evict_from(&self, scan: Scan, target: u64, least: u64) -> u64 {
         let mut allocated = scan.allocated();
         let mut found = scan.found;
         let candidates: Vec<_> = found
@@ -276,11 +277,13 @@ impl Cache {
                 used: blob.used,
             })
             .collect();
+        let mut rest: u64 = candidates.iter().map(|one| one.allocated).sum();
         for at in evict::order(&candidates) {
-            if allocated <= target {
+            if allocated <= target || allocated.saturating_sub(rest) > least {
                 break;
             }
             let found = &mut found[at];
+            rest = rest.saturating_sub(found.allocated);
             match self.remove_unused(found) {
                 Ok(true) => {
                     tracing::info!(digest = %found.digest, bytes = found.allocated, "evicted");

@@ -530,3 +530,22 @@ fn what_somebody_is_writing_is_not_swept() {
         assert!(lost.is_empty(), "{lost:?} in round {rounds}");
     });
 }
+
+#[test]
+fn what_does_not_fit_in_any_case_drives_nothing_small_out() {
+    const MIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let cache = cache(dir.path(), 8 * MIB);
+    let manifest = Digest::of(b"{}");
+    cache.put(&manifest, b"{}");
+    let closed = content(7, 2 << 20);
+    let closed = sealed(&cache, &closed);
+    let entry = cache.entry(&Digest::of(b"large"), 64 * MIB);
+    let entry = Arc::new(entry.unwrap());
+    let fill = |at: u64| entry.writer(ByteRange::at(at * MIB, MIB)).map(drop);
+    let full = (0..64).find(|at| fill(*at).is_err()).unwrap();
+    assert!(full > 5, "what is closed has made room: {full}");
+    assert!(!cache.is_sealed(&closed) && cache.is_sealed(&manifest));
+    let usage = cache.usage();
+    assert!(usage.allocated <= usage.limit, "{usage:?}");
+}
