@@ -22,7 +22,7 @@ use crate::base::rt::timeout_at;
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::base::{Begun, ByteRange, Deadline, Digest, Instant, lock};
-use crate::cache::{Cache, CacheError, Data, Entry};
+use crate::cache::{Cache, CacheError, Data, Entry, Identity};
 use crate::registry::{Repository, Source};
 
 /// A cache that could not open the blob is asked again after this.
@@ -74,6 +74,8 @@ struct Slot {
     holds: usize,
     /// Counts the openings: what was found out about an earlier one's bytes says nothing of this one's.
     opening: u64,
+    /// The file that readers were given bytes from, until those are known to be wrong and dropped everywhere.
+    given: Option<Identity>,
     /// What was in the cache of it when somebody looked, while it was closed.
     counted: Option<(Instant, u64)>,
     /// When opening failed last.
@@ -213,7 +215,7 @@ impl LazyBlob {
     /// Keeps the blob's cache entry open, and the blob safe from eviction, until the hold is dropped.
     pub fn hold(self: &Arc<Self>) -> Hold {
         let mut slot = lock(&self.slot);
-        let mut undecided = false;
+        let (mut undecided, mut replaced) = (false, false);
         slot.holds += 1;
         slot.counted = None;
         let recently = |at: &Instant| at.elapsed() < OPEN_AGAIN_AFTER;
@@ -225,6 +227,9 @@ impl LazyBlob {
                 Ok(entry) => {
                     let sealed = entry.is_sealed();
                     undecided = !sealed && entry.has(ByteRange::new(0, self.size));
+                    let given = slot.given.replace(entry.identity());
+                    replaced = given.is_some_and(|given| given != entry.identity())
+                        && *self.verified.borrow() == Verified::NotYet;
                     slot.entry = Some(Arc::new(entry));
                     slot.opening += 1;
                     // Evicted since it was last open: what was known of it is void.
@@ -266,6 +271,10 @@ impl LazyBlob {
             }
         }
         drop(slot);
+        if replaced {
+            self.shared.will_discard(self.digest);
+            let _ = self.shared.events.send(Event::Replaced(self.digest));
+        }
         let hold = Hold {
             blob: Arc::clone(self),
         };
@@ -529,12 +538,16 @@ impl LazyBlob {
         }
     }
 
-    /// Closes the entry for all who hold the blob, so that a file without a name takes no room; whether it was open.
+    /// Closes the entry for all who hold the blob, so that a file without a name takes no room; whether it was open. Unless it `failed`,
+    /// its bytes are wrong, and dropped everywhere.
     pub(super) fn let_go(&self, entry: &Arc<Entry>, failed: Option<Instant>) -> bool {
         let mut slot = lock(&self.slot);
         let gone = slot.entry.take_if(|now| Arc::ptr_eq(now, entry));
         if gone.is_some() {
             slot.failed = failed;
+            if failed.is_none() {
+                slot.given = None;
+            }
         }
         drop(slot);
         gone.is_some()

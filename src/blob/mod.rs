@@ -205,6 +205,9 @@ pub enum Event {
     Sealed(Digest),
     /// A blob was complete and wrong; nothing of what came so far may be served from any cache. It may be fetched again.
     Corrupt(Digest),
+    /// What readers were given of a blob in this process came from a file that is not in the cache any more, and it was never known to
+    /// be right: another process may have found it wrong, or evicted it.
+    Replaced(Digest),
 }
 
 /// Who is told before the bytes of a blob are thrown away because they are wrong.
@@ -265,7 +268,7 @@ impl Shared {
 }
 
 impl Shared {
-    /// The bytes of a blob are about to be thrown away; [`Event::Corrupt`] follows.
+    /// The bytes of a blob are about to be thrown away, or were; [`Event::Corrupt`] or [`Event::Replaced`] follows.
     fn will_discard(&self, digest: Digest) {
         if let Some(witness) = self.witness.get() {
             witness.0(digest);
@@ -390,7 +393,7 @@ impl Blobs {
 
     /// Has `witness` called with a blob's digest before wrong bytes of it are thrown away, on a thread that may wait for a disk and
     /// nothing else: for a note of what must follow, which has to outlive this process. Every call is followed by an
-    /// [`Event::Corrupt`]. The first witness counts.
+    /// [`Event::Corrupt`] or [`Event::Replaced`]. The first witness counts.
     pub fn before_discarding(&self, witness: impl Fn(Digest) + Send + Sync + 'static) {
         let _ = self.shared.witness.set(Witness(Box::new(witness)));
     }

@@ -417,6 +417,36 @@ async fn wrong_content_is_never_sealed_and_an_error_once_known() {
     );
 }
 
+/// Two sets of blobs on one directory are to each other as two processes are.
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_another_process_threw_away_are_told_of_when_the_blob_is_opened_again() {
+    let bytes = content(3 * MIB);
+    let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
+    let wrong = Server::start(bytes.clone(), Manner::Wrong { at: 10 }).await;
+    let right = Server::start(bytes.clone(), Manner::Right).await;
+    let dir = tempfile::tempdir().unwrap();
+    let [ours, theirs] = [(); 2].map(|()| blobs(dir.path(), BIG, lazily()));
+    let noted = Arc::new(AtomicUsize::new(0));
+    let note = Arc::clone(&noted);
+    ours.before_discarding(move |_| {
+        note.fetch_add(1, Ordering::SeqCst);
+    });
+    let mut events = ours.events();
+    let start = ByteRange::new(0, 100);
+    let early = ours.open(digest, size, &wrong.repository());
+    assert_ne!(early.read(start).await.unwrap(), bytes[..100]);
+    // Opened again, it is the same file.
+    assert!(early.try_read(start).is_some() && events.try_recv().is_err());
+    let late = theirs.open(digest, size, &right.repository());
+    late.complete().await.unwrap();
+    assert_eq!(theirs.wrong().len(), 1, "they found it wrong");
+    assert_eq!(early.try_read(start).unwrap().unwrap(), bytes[..100]);
+    assert_eq!(events.try_recv().unwrap(), Event::Replaced(digest));
+    assert_eq!(noted.load(Ordering::SeqCst), 1);
+    // What is known to be right is right wherever it comes from.
+    assert!(early.try_read(start).is_some() && events.try_recv().is_err());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn strict_serves_nothing_before_all_is_right() {
     let bytes = content(3 * MIB);

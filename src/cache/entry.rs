@@ -55,6 +55,7 @@ pub struct Entry {
     digest: Digest,
     size: u64,
     data: File,
+    identity: Identity,
     /// `None` when the blob was sealed already.
     map: Option<ChunkMap>,
     state: AtomicU8,
@@ -67,6 +68,25 @@ pub struct Entry {
     opened: Instant,
     /// The last field: it goes once the files above are closed.
     closing: Closing,
+}
+
+/// Which file an entry is of, sealed or on its way. Numbers of files are used again, so the time at which it was made belongs to it,
+/// where the file system tells that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    device: u64,
+    inode: u64,
+    made: Option<SystemTime>,
+}
+
+impl Identity {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            made: metadata.created().ok(),
+        }
+    }
 }
 
 const PARTIAL: u8 = 0;
@@ -123,6 +143,7 @@ impl Entry {
             digest: *digest,
             size,
             data,
+            identity: Identity::of(&metadata),
             map: None,
             state: AtomicU8::new(SEALED),
             mapping: OnceLock::new(),
@@ -234,6 +255,7 @@ impl Entry {
             digest: *digest,
             size,
             data,
+            identity: Identity::of(&metadata),
             map: Some(map),
             state: AtomicU8::new(PARTIAL),
             mapping: OnceLock::new(),
@@ -252,6 +274,11 @@ impl Entry {
     /// The blob's size in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Which file it is of.
+    pub fn identity(&self) -> Identity {
+        self.identity
     }
 
     /// Whether it is complete and verified.

@@ -37,7 +37,7 @@ mod tags;
 mod tests;
 mod unpacked;
 
-pub use entry::{Entry, Writer};
+pub use entry::{Entry, Identity, Writer};
 pub use index::Published;
 pub use lock::Claim;
 pub use mapped::{Data, Mapped};

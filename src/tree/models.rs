@@ -86,7 +86,7 @@ impl Tree {
     async fn hear(self, mut events: Receiver<Event>) {
         loop {
             match events.recv().await {
-                Ok(Event::Corrupt(blob)) => self.drop_content(blob),
+                Ok(Event::Corrupt(blob) | Event::Replaced(blob)) => self.drop_content(blob),
                 Ok(Event::Sealed(blob)) => self.promote(blob),
                 Ok(_) => {}
                 Err(RecvError::Lagged(missed)) => {
