@@ -1065,3 +1065,53 @@ async fn readers_without_end_fit_into_little_memory() {
     }
     drop(hold);
 }
+
+/// Each process is a thread with a runtime, a cache handle and a registry of its own.
+#[test]
+fn what_a_process_cannot_keep_another_one_fetches_without_waiting_for_it() {
+    let bytes = Arc::new(content(2 * MIB));
+    let (digest, all) = (Digest::of(&bytes), ByteRange::new(0, 2 * MIB as u64));
+    let process = || {
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        { runtime }.enable_all().build().unwrap()
+    };
+    // The cache has no room from the beginning; or its disk fails in the middle.
+    for limit in [1, BIG] {
+        let dir = tempfile::tempdir().unwrap();
+        let (fetches, begun) = std::sync::mpsc::channel();
+        let (over, end) = tokio::sync::oneshot::channel::<()>();
+        let (path, content) = (dir.path().to_owned(), Arc::clone(&bytes));
+        let first = std::thread::spawn(move || {
+            process().block_on(async {
+                let pause = Duration::from_secs(1);
+                let server = Server::start(content.to_vec(), Manner::Slow { pause }).await;
+                let blobs = blobs(&path, limit, lazily());
+                let blob = blobs.open(digest, all.end(), &server.repository());
+                let reader = tokio::spawn({
+                    let blob = Arc::clone(&blob);
+                    async move { blob.read(all).await.map(drop) }
+                });
+                while server.sent() == 0 || (limit == BIG && blob.cached() == 0) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                crate::cache::fail_writes();
+                fetches.send(()).unwrap();
+                let _ = end.await;
+                assert!(!reader.is_finished(), "it fetches all the while");
+            });
+        });
+        begun.recv().unwrap();
+        process().block_on(async {
+            let server = Server::start(bytes.to_vec(), Manner::Right).await;
+            let blobs = blobs(dir.path(), BIG, lazily());
+            let blob = blobs.open(digest, all.end(), &server.repository());
+            let asked = std::time::Instant::now();
+            assert_eq!(blob.read(all).await.unwrap(), bytes[..]);
+            let took = asked.elapsed();
+            assert!(took < Duration::from_secs(8), "limit {limit}: {took:?}");
+            assert!(server.sent() > 0);
+        });
+        over.send(()).unwrap();
+        first.join().unwrap();
+    }
+}

@@ -4,7 +4,7 @@
 //! A process that is killed does nothing any more to the files, its destructors included; so does one whose every step from some
 //! point on fails. That is how a kill is made here, in one process.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, IoSlice};
@@ -69,6 +69,12 @@ struct Plan {
 
 thread_local! {
     static PLAN: RefCell<Option<Plan>> = const { RefCell::new(None) };
+    static READ_ONLY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on what this thread writes to a file fails.
+pub(crate) fn fail_writes() {
+    READ_ONLY.set(true);
 }
 
 /// What a run was like.
@@ -150,6 +156,9 @@ fn error(number: i32) -> io::Error {
 
 /// Called before each step; an error is what it ends with.
 pub(super) fn before(step: &Step<'_>) -> io::Result<()> {
+    if READ_ONLY.get() && matches!(step, Step::Write(..)) {
+        return Err(error(libc::EIO));
+    }
     let mut outcome = Ok(());
     with(|plan| {
         if let Some(number) = plan.dead {

@@ -38,6 +38,8 @@ mod tests;
 mod unpacked;
 
 pub use entry::{Entry, Identity, Writer};
+#[cfg(test)]
+pub(crate) use faults::fail_writes;
 pub use index::Published;
 pub use lock::Claim;
 pub use mapped::{Data, Mapped};
