@@ -483,10 +483,18 @@ impl Unpacked {
     /// The cache does not keep it.
     fn pass_by(&self, error: &CacheError) -> Place {
         self.blobs.cache().failed(error);
-        tracing::warn!(
-            digest = %self.blob.digest(), %error,
-            "what a compressed layer holds is not kept: it is decompressed anew for each reader that does not go from front to back; see --cache-size"
-        );
+        let digest = self.blob.digest();
+        if self.blobs.config().strict {
+            tracing::error!(
+                %digest, %error,
+                "what a compressed layer holds cannot be kept, and --verify strict serves nothing that was not kept and found right: reads of it fail; see --cache-size"
+            );
+        } else {
+            tracing::warn!(
+                %digest, %error,
+                "what a compressed layer holds is not kept: it is decompressed anew for each reader that does not go from front to back; see --cache-size"
+            );
+        }
         Place::Passing(Passing::new())
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Site, archive, compressed};
 use crate::support::artifact::{Artifact, Layer};
-use crate::support::content::Content;
+use crate::support::content::{Content, digest};
 use crate::support::model::{SampleModel, assert_same_files};
 use crate::support::mount::{Mount, run_ocifs};
 use crate::support::process::run;
@@ -276,7 +276,7 @@ fn a_bomb_and_what_does_not_fit_are_refused_with_a_reason() {
     content.write(&dir.path().join("w.bin"), 80_000_000);
     let large = archive(dir.path(), &["w.bin"], Some("gzip"));
     let shown = Artifact::modelpack("cncf")
-        .layer(Layer::bytes(GZIP, large))
+        .layer(Layer::bytes(GZIP, large.clone()))
         .publish(&registry, "org/large:v1")
         .reference;
     let small = scratch("cache");
@@ -285,6 +285,11 @@ fn a_bomb_and_what_does_not_fit_are_refused_with_a_reason() {
     let error = mount.try_read(&format!("{shown}/w.bin")).unwrap_err();
     let log = mount.log();
     assert!(log.contains("--cache-size"), "{error}: {log}");
+    let root = mount.root().to_str().unwrap().to_owned();
+    let status = run_ocifs(["status", &root]).ok();
+    for word in ["--verify strict", "--cache-size", &digest(&large)] {
+        assert!(status.contains(word), "{word} is not told: {status}");
+    }
     assert_eq!(unpacked_files(small.path()), 0);
 }
 
