@@ -166,6 +166,8 @@ struct Holder<'a> {
     directory: PathBuf,
     program: PathBuf,
     kept: Vec<(String, OwnedFd)>,
+    /// The minor number of the mount's device, once it is up.
+    minor: Option<u32>,
     /// The control socket's path and what it was when the daemon gave it.
     socket: Option<(PathBuf, Identity)>,
     signals: OwnedFd,
@@ -198,6 +200,7 @@ impl<'a> Holder<'a> {
             directory: std::env::current_dir().unwrap_or_else(|_| "/".into()),
             program: SELF.into(),
             kept: Vec::new(),
+            minor: None,
             socket: None,
             signals: signals()?,
             told_to_end: false,
@@ -399,6 +402,9 @@ impl<'a> Holder<'a> {
         }
         if value(b"READY=1").is_some() {
             daemon.ready = true;
+            let point = self.plan.point.as_deref();
+            let mount = || point.and_then(|point| point::find(point).ok());
+            self.minor = self.minor.or_else(|| mount().map(|mount| mount.minor));
             super::daemon::leave_session();
             // No directory is kept busy by standing in it.
             let _ = std::env::set_current_dir("/");
@@ -506,13 +512,20 @@ impl<'a> Holder<'a> {
     }
 
     /// Ends the connection, whoever else has the device open: a daemon that was killed keeps it while a thread of it waits in the
-    /// kernel for what only an answer would bring. The mount stays where it is, so that its readers see that it is dead. For root;
-    /// for others the connection ends with the last descriptor.
+    /// kernel for what only an answer would bring. The mount stays where it is, so that its readers see that it is dead. Root ends it by
+    /// umount(2), others by the file that the kernel has for whoever mounts. Where neither is to be had, as in a container
+    /// without fusectl, the connection ends with the last descriptor.
     fn abort(&self) {
         let Some(path) = &self.plan.point else {
             return;
         };
-        if point::find(path).is_err() {
+        if let Some(minor) = self.minor
+            && fs::write(control_file(minor), "1").is_ok()
+        {
+            return;
+        }
+        // Another mount may hide ours by now, and is nobody's to end here.
+        if !point::find(path).is_ok_and(|top| self.minor.is_none_or(|minor| top.minor == minor)) {
             return;
         }
         // What is open is busy, so `umount_begin` (fs/fuse/inode.c) ends the connection and nothing is unmounted.
@@ -521,9 +534,11 @@ impl<'a> Holder<'a> {
             return;
         };
         if let Err(error) = rustix::mount::unmount(path, UnmountFlags::FORCE)
-            && !matches!(error, Errno::BUSY | Errno::PERM)
+            && error != Errno::BUSY
         {
-            say(&format!("the connection cannot be ended: {error}"));
+            say(&format!(
+                "the connection cannot be ended ({error}): its readers wait until all of the dead daemon is gone"
+            ));
         }
     }
 
@@ -540,6 +555,12 @@ impl<'a> Holder<'a> {
             let _ = fs::remove_file(log);
         }
     }
+}
+
+/// What ends a connection when it is written to: in fusectl, by the minor number of the mount's device (fs/fuse/control.c). It belongs
+/// to whoever mounted.
+fn control_file(minor: u32) -> PathBuf {
+    format!("/sys/fs/fuse/connections/{minor}/abort").into()
 }
 
 /// Whether the main thread of a process is dead (proc_pid_stat(5)). The process may have others yet.

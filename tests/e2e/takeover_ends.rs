@@ -1,15 +1,19 @@
 //! However a mount's daemon and holder end, and in whatever order: nothing is left, nobody hangs, and status tells the truth.
 
 use std::fs::{self, File};
+use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::support::held::{Held, is_alive, kill, processes};
+use crate::support::artifact::{Artifact, DOCKER_FILE, Layer};
+use crate::support::held::{Held, device_of, is_alive, kill, processes};
 use crate::support::model::SampleModel;
 use crate::support::mount::{is_mounted, ocifs};
-use crate::support::process::run_command;
+use crate::support::process::{run_command, wait};
+use crate::support::proxy::{Fault, Proxy};
 use crate::support::registry::Registry;
 use crate::support::{PATIENCE, eventually, scratch, within};
 
@@ -196,4 +200,68 @@ fn a_holder_is_small() {
     assert!(value("VmData:") < 1024, "{status}");
     bench.held.umount().ok();
     ended(&bench.held);
+}
+
+/// In a mount namespace of its own, where fusectl is mounted and everybody may open /dev/fuse, as on most machines.
+#[test]
+fn a_user_s_mount_that_is_given_up_ends_though_a_dead_daemon_has_its_device_open() {
+    let registry = Registry::open();
+    let published = Artifact::docker_v02()
+        .layer(Layer::bytes(DOCKER_FILE, vec![1; 1 << 20]).at("w.bin"))
+        .publish(&registry, "org/m:v1");
+    let proxy = Proxy::start(registry.address());
+    let layer = &published.layers[0];
+    proxy.always(layer, Fault::Stall(0));
+    let dir = scratch("user");
+    fs::copy(env!("CARGO_BIN_EXE_ocifs"), dir.path().join("ocifs")).unwrap();
+    let script = r#"
+        cd "$0"; mkdir models cache run; mknod fuse c 10 229
+        chown 65534:65534 . models cache run; chmod 666 fuse; chmod 755 .
+        mount --bind fuse /dev/fuse && mount -t fusectl fusectl /sys/fs/fuse/connections || exit 90
+        user() {
+            setpriv --reuid=65534 --regid=65534 --clear-groups env -i PATH="$PATH" HOME=/nonexistent \
+                OCIFS_RUNTIME_DIR="$0/run" OCIFS_HOLDER_TRIES=1/600 "$@"
+        }
+        user ./ocifs mount --cache-dir cache --prefetch none "$0/models" || exit 91
+        user cat "models/$1" >/dev/null; echo "it ended: $?"
+        umount --lazy models
+    "#;
+    let mut child = Command::new("unshare")
+        .args(["--mount", "bash", "-c", script])
+        .arg(dir.path())
+        .arg(format!("{}/org/m:v1/w.bin", proxy.host()))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let point = dir.path().join("models");
+    let role = |pid: u32, role: &str| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split('\0').nth(1) == Some(role)
+    };
+    let find = |wanted: &str| processes(&point).into_iter().find(|pid| role(*pid, wanted));
+    let asked = || proxy.count(layer) > 0;
+    let both = || Some((find("holder")?, find("mount")?)).filter(|_| asked());
+    let mut said = String::new();
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let (holder, daemon) = eventually(PATIENCE, "somebody reads", both);
+        // As a killed daemon has it open while one of its threads waits in the kernel.
+        let _stuck = device_of(holder);
+        kill(daemon, Signal::KILL);
+        wait(&mut child, PATIENCE).expect("the reader hangs")
+    }));
+    for pid in processes(&point) {
+        kill(pid, Signal::KILL);
+    }
+    if ended.is_err() {
+        let _ = child.kill();
+    }
+    let _ = child.stderr.take().unwrap().read_to_string(&mut said);
+    let mut out = String::new();
+    let _ = child.stdout.take().unwrap().read_to_string(&mut out);
+    let status = ended.unwrap_or_else(|_| panic!("{out} {said}"));
+    assert!(
+        status.success() && out.contains("it ended: 1"),
+        "{out} {said}"
+    );
 }

@@ -111,15 +111,7 @@ impl Held {
 
     /// The FUSE device that the holder keeps, opened no second time.
     pub fn device(&self) -> OwnedFd {
-        let opened = fs::read_dir(format!("/proc/{}/fd", self.holder)).unwrap();
-        let device = opened.flatten().find(|entry| {
-            fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"))
-        });
-        let number = device.expect("it keeps one").file_name();
-        let number = number.to_str().unwrap().parse().unwrap();
-        let pid = Pid::from_raw(self.holder.try_into().unwrap()).unwrap();
-        let holder = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-        pidfd_getfd(holder, number, PidfdGetfdFlags::empty()).unwrap()
+        device_of(self.holder)
     }
 
     /// The daemon that the holder has started, however far that one is.
@@ -218,6 +210,19 @@ fn status_in(runtime: &Path, point: &Path) -> Value {
 pub fn number(value: &Value) -> u32 {
     let number = value.as_u64().and_then(|number| number.try_into().ok());
     number.unwrap_or_else(|| panic!("{value}"))
+}
+
+/// The FUSE device that a holder keeps, opened no second time.
+pub fn device_of(holder: u32) -> OwnedFd {
+    let opened = fs::read_dir(format!("/proc/{holder}/fd")).unwrap();
+    let device = opened.flatten().find(|entry| {
+        fs::read_link(entry.path()).is_ok_and(|target| target == Path::new("/dev/fuse"))
+    });
+    let number = device.expect("it keeps one").file_name();
+    let number = number.to_str().unwrap().parse().unwrap();
+    let pid = Pid::from_raw(holder.try_into().unwrap()).unwrap();
+    let holder = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    pidfd_getfd(holder, number, PidfdGetfdFlags::empty()).unwrap()
 }
 
 fn socket_of(runtime: &Path, point: &Path) -> (PathBuf, u64) {
