@@ -12,7 +12,7 @@ use super::budget::Reservation;
 use crate::base::{ByteRange, Instant};
 
 /// Bytes that came or were read so recently are not given up: a reader may be on its way to them.
-const FRESH: Duration = Duration::from_millis(500);
+pub(super) const FRESH: Duration = Duration::from_millis(500);
 
 /// Pieces of a blob, by the request that brought them.
 #[derive(Debug, Default)]
