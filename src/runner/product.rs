@@ -1,8 +1,8 @@
 //! x · Wᵀ on the CPU, with the weights as the file has them (bf16, f16 or f32) and f32 activations.
 //!
 //! Generating is bound by memory: each token reads every weight once, so weights of 16 bits are widened in registers, and memory
-//! delivers half of what it would with f32. A prompt is bound by arithmetic: some rows of W are widened once for all of x and stay in the
-//! second-level cache, while as many rows of x as the first-level cache holds are multiplied with each of them.
+//! delivers half of what it would with f32. A prompt is bound by arithmetic: what has to be done to W before it is multiplied is done once for
+//! all rows of x.
 
 use std::mem::MaybeUninit;
 
@@ -12,14 +12,6 @@ use rayon::prelude::*;
 
 use super::kernels::{self, Element, Kernels};
 
-/// Rows of x that a block has where W is not widened before.
-const BLOCK: usize = 64;
-/// Rows of x from which on W is.
-const MANY: usize = 16;
-/// Rows of W that are widened at a time: with 4096 columns, 1 MiB.
-const WIDENED: usize = 64;
-/// Bytes of x that a block has then, if that are six rows: a tile's.
-const NEAR: usize = 32 << 10;
 /// Rows of W that one task multiplies with, at least.
 const ROWS: usize = 64;
 
@@ -57,7 +49,7 @@ impl CustomOp2 for Product {
         let mut out = Vec::with_capacity(m * n);
         let (kernels, room) = (kernels::detected(), &mut out.spare_capacity_mut()[..m * n]);
         match w {
-            CpuStorage::BF16(w) => product::<bf16>(kernels, x, &w[w0..w1], room, k),
+            CpuStorage::BF16(w) => product_bf16(kernels, x, &w[w0..w1], room, k),
             CpuStorage::F16(w) => product::<f16>(kernels, x, &w[w0..w1], room, k),
             CpuStorage::F32(w) => product::<f32>(kernels, x, &w[w0..w1], room, k),
             _ => bail!("a product with weights of this dtype"),
@@ -86,32 +78,49 @@ pub(super) fn product<W: Element>(
     let rows = n
         .div_ceil(threads * 4)
         .clamp(ROWS.min(n), 1024)
-        .next_multiple_of(4);
+        .next_multiple_of(32);
     let out = Columns {
         start: out.as_mut_ptr().cast(),
         columns: n,
     };
-    if W::NARROW && m >= MANY {
-        let block = (NEAR / (k * 4) / 6 * 6).clamp(6, 60);
-        w.par_chunks(rows * k).enumerate().for_each(|(task, w)| {
-            let mut wide = vec![0.0; w.len().min(WIDENED * k)];
-            for (part, w) in w.chunks(WIDENED * k).enumerate() {
-                let (first, wide) = (task * rows + part * WIDENED, &mut wide[..w.len()]);
-                kernels::widen(kernels, w, wide);
-                for (at, x) in x.chunks(block * k).enumerate() {
-                    // SAFETY: a task writes the columns of its own rows of W only.
-                    unsafe { kernels::block(kernels, x, wide, k, out.at(at * block, first), n) };
-                }
-            }
-        });
-        return;
-    }
     w.par_chunks(rows * k).enumerate().for_each(|(task, w)| {
-        let first = task * rows;
-        for (block, x) in x.chunks(BLOCK * k).enumerate() {
-            // SAFETY: a task writes the columns of its own rows of W only.
-            unsafe { kernels::block(kernels, x, w, k, out.at(block * BLOCK, first), n) };
-        }
+        // SAFETY: a task writes the columns of its own rows of W only.
+        unsafe { kernels::block(kernels, x, w, k, out.at(0, task * rows), n) };
+    });
+}
+
+/// As [`product`], with AMX where there are rows enough for it.
+fn product_bf16(kernels: Kernels, x: &[f32], w: &[bf16], out: &mut [MaybeUninit<f32>], k: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if kernels == Kernels::Amx && x.len() >= kernels::amx::ROWS / 2 * k {
+        return product_amx(x, w, out, k);
+    }
+    product(kernels, x, w, out, k);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn product_amx(x: &[f32], w: &[bf16], out: &mut [MaybeUninit<f32>], k: usize) {
+    use kernels::amx;
+    /// Blocks of W that a task has, and so times that what it reads of x is used.
+    const BLOCKS: usize = 4;
+    let (m, n) = (x.len() / k, w.len() / k);
+    assert_eq!(out.len(), m * n);
+    let mut tiles = vec![0; amx::packed(m, k)];
+    x.par_chunks(amx::ROWS * k)
+        .zip(tiles.par_chunks_exact_mut(amx::packed(1, k)))
+        // SAFETY: AMX is usable, or `kernels` would be another.
+        .for_each(|(x, tiles)| unsafe { amx::pack(x, k, tiles) });
+    let threads = rayon::current_num_threads();
+    // As many tasks for each thread, of as many rows.
+    let tasks = n.div_ceil(amx::ROWS * BLOCKS).next_multiple_of(threads);
+    let rows = n.div_ceil(tasks).next_multiple_of(amx::ROWS);
+    let out = Columns {
+        start: out.as_mut_ptr().cast(),
+        columns: n,
+    };
+    w.par_chunks(rows * k).enumerate().for_each(|(task, w)| {
+        // SAFETY: as above; a task writes the columns of its own rows of W only.
+        unsafe { amx::block(&tiles, w, (m, k), out.at(0, task * rows), n) };
     });
 }
 
@@ -153,10 +162,12 @@ mod tests {
 
     fn check<W: Element + Copy>(
         kernels: Kernels,
+        product: fn(Kernels, &[f32], &[W], &mut [MaybeUninit<f32>], usize),
         narrow: impl Fn(f32) -> W,
         wide: impl Fn(W) -> f32,
     ) {
-        // One row, odd rows, more than a block; columns of every remainder; few and many rows of W.
+        // One row, odd rows, more than a block; columns of every remainder, and more than are multiplied at a time; few and many rows
+        // of W.
         for (m, n, k) in [
             (1, 1, 1),
             (1, 7, 33),
@@ -166,6 +177,7 @@ mod tests {
             (130, 9, 100),
             (31, 140, 64),
             (200, 66, 1536),
+            (34, 70, 2100),
             (1, 300, 576),
         ] {
             let x = numbers(m * k, 1);
@@ -195,9 +207,9 @@ mod tests {
     #[test]
     fn every_kernel_that_this_machine_has_gives_the_product() {
         for kernels in kernels::available() {
-            check(kernels, |x| x, |x| x);
-            check(kernels, bf16::from_f32, bf16::to_f32);
-            check(kernels, f16::from_f32, f16::to_f32);
+            check(kernels, product, |x| x, |x| x);
+            check(kernels, product_bf16, bf16::from_f32, bf16::to_f32);
+            check(kernels, product, f16::from_f32, f16::to_f32);
         }
     }
 }

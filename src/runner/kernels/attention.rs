@@ -24,7 +24,9 @@ pub(in crate::runner) fn gather(
         Kernels::Avx2 => unsafe { x86::gather_avx2(weights, length, v, width, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kernels::Avx512 => unsafe { x86::gather_avx512(weights, length, v, width, out) },
+        Kernels::Avx512 | Kernels::Amx => unsafe {
+            x86::gather_avx512(weights, length, v, width, out)
+        },
     }
 }
 
@@ -88,7 +90,7 @@ pub(in crate::runner) fn softmax(kernels: Kernels, scores: &mut [f32], scale: f3
         Kernels::Avx2 => unsafe { x86::softmax_avx2(scores, scale) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kernels::Avx512 => unsafe { x86::softmax_avx512(scores, scale) },
+        Kernels::Avx512 | Kernels::Amx => unsafe { x86::softmax_avx512(scores, scale) },
     }
 }
 

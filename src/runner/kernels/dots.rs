@@ -2,11 +2,8 @@
 
 use super::{Element, Kernels};
 
-/// Writes `x[i] · w[j]` to `out[i * stride + j]`, for all rows of `k` elements of both.
-///
-/// # Safety
-/// `out` can be written at all these places, and nobody else does so; the processor has the `kernels`.
-pub(in crate::runner) unsafe fn block<W: Element>(
+/// As [`super::block`].
+pub(super) unsafe fn block<W: Element>(
     kernels: Kernels,
     x: &[f32],
     w: &[W],
@@ -21,7 +18,7 @@ pub(in crate::runner) unsafe fn block<W: Element>(
             #[cfg(target_arch = "x86_64")]
             Kernels::Avx2 => x86::block_avx2(x, w, k, out, stride),
             #[cfg(target_arch = "x86_64")]
-            Kernels::Avx512 => x86::block_avx512(x, w, k, out, stride),
+            Kernels::Avx512 | Kernels::Amx => x86::block_avx512(x, w, k, out, stride),
         }
     }
 }

@@ -2,12 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::Kernels;
-
 /// An element of a weight.
 pub(in crate::runner) trait Element: Copy + Send + Sync {
-    /// Whether it is widened when it is loaded.
-    const NARROW: bool;
     /// Its value.
     fn wide(self) -> f32;
     /// The values of the 8 elements from `at`.
@@ -25,8 +21,6 @@ pub(in crate::runner) trait Element: Copy + Send + Sync {
 }
 
 impl Element for f32 {
-    const NARROW: bool = false;
-
     #[inline(always)]
     fn wide(self) -> f32 {
         self
@@ -48,8 +42,6 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    const NARROW: bool = true;
-
     #[inline(always)]
     fn wide(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -81,8 +73,6 @@ impl Element for bf16 {
 }
 
 impl Element for f16 {
-    const NARROW: bool = true;
-
     #[inline(always)]
     fn wide(self) -> f32 {
         self.to_f32()
@@ -103,52 +93,4 @@ impl Element for f16 {
         // SAFETY: as the caller says.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
     }
-}
-
-/// Writes the values of `w` to `out`.
-pub(in crate::runner) fn widen<W: Element>(kernels: Kernels, w: &[W], out: &mut [f32]) {
-    assert_eq!(w.len(), out.len());
-    match kernels {
-        Kernels::Plain => out.iter_mut().zip(w).for_each(|(out, w)| *out = w.wide()),
-        // SAFETY: the processor has it, or `kernels` would be another; the lengths were compared.
-        #[cfg(target_arch = "x86_64")]
-        Kernels::Avx2 => unsafe { x86::widen_avx2(w, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Kernels::Avx512 => unsafe { x86::widen_avx512(w, out) },
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use super::Element;
-
-    macro_rules! widen {
-        ($name:ident, $features:literal, $lanes:literal, $load:ident, $store:ident) => {
-            /// # Safety
-            /// The processor has these features, and `out` is as long as `w`.
-            #[target_feature(enable = $features)]
-            pub(super) unsafe fn $name<W: Element>(w: &[W], out: &mut [f32]) {
-                let whole = w.len() - w.len() % $lanes;
-                for at in (0..whole).step_by($lanes) {
-                    // SAFETY: within both.
-                    unsafe { $store(out.as_mut_ptr().add(at), W::$load(w.as_ptr().add(at))) };
-                }
-                for (out, w) in out[whole..].iter_mut().zip(&w[whole..]) {
-                    *out = w.wide();
-                }
-            }
-        };
-    }
-
-    widen!(widen_avx2, "avx2,fma,f16c", 8, eight, _mm256_storeu_ps);
-    widen!(
-        widen_avx512,
-        "avx512f,avx2,fma,f16c",
-        16,
-        sixteen,
-        _mm512_storeu_ps
-    );
 }

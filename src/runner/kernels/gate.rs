@@ -12,7 +12,7 @@ pub(in crate::runner) fn silu(kernels: Kernels, gate: &mut [f32], up: &[f32]) {
         Kernels::Avx2 => unsafe { x86::silu_avx2(gate, up) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kernels::Avx512 => unsafe { x86::silu_avx512(gate, up) },
+        Kernels::Avx512 | Kernels::Amx => unsafe { x86::silu_avx512(gate, up) },
     }
 }
 
