@@ -5,20 +5,20 @@
 
 mod attention;
 pub mod config;
+mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub mod decoder;
 pub mod device;
 pub mod engine;
 mod error;
+#[cfg(feature = "cuda")]
 mod gate;
 pub mod header;
 mod host;
-mod kernels;
 pub mod load;
 #[cfg(feature = "cuda")]
 mod pinned;
-mod product;
 mod rope;
 pub mod sample;
 pub mod server;

@@ -61,6 +61,11 @@ pub(super) fn detected() -> Kernels {
 /// Rows of x from which on to turn W over costs less than sums across lanes do.
 const MANY: usize = 16;
 
+/// Rows of W that are multiplied at a time with `m` rows of x; more are best a multiple of it.
+pub(super) fn together(m: usize) -> usize {
+    if m < MANY { 4 } else { 32 }
+}
+
 /// Writes `x[i] · w[j]` to `out[i * stride + j]`, for all rows of `k` elements of both.
 ///
 /// # Safety

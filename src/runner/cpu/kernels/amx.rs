@@ -23,7 +23,7 @@ pub(in crate::runner) const ROWS: usize = 32;
 const TILE: usize = 16 * COLUMNS;
 /// Terms that an f32 is the sum of.
 const TERMS: usize = 3;
-/// Tiles of columns that are multiplied before the next ones: what a group of W has of them stays in the second-level cache beside a block of x.
+/// Tiles of columns that are multiplied before the next ones: a block of x has 384 KiB of them.
 const DEPTH: usize = 64;
 
 thread_local! {
@@ -86,6 +86,12 @@ impl Drop for Tiles {
         // SAFETY: AMX is there, or there would be no `Tiles`. Without it the kernel would keep 8 KiB more of this thread at each switch.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
+}
+
+/// Rows of W that fit into half of a second-level cache of 2 MiB, which processors with AMX have; the rest is for x, each block of which is
+/// multiplied with all of them.
+pub(in crate::runner) fn group(k: usize) -> usize {
+    (1 << 20) / (2 * k.min(DEPTH * COLUMNS)) / ROWS * ROWS
 }
 
 /// How many numbers the tiles of `rows` rows of x have.
