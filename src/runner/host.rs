@@ -34,12 +34,36 @@ pub(super) struct Host {
 // SAFETY: `start` points into `buffer`, which nobody else has; writes through it are the callers' to keep apart.
 unsafe impl Sync for Host {}
 
+/// Asks for large pages. Every token reads every weight, and with pages of 4 KiB waits for a page table every 4 KiB of it.
+///
+/// Asked for are all pages that the tensor touches. Those that the allocator has written to before stay small, which is what small tensors have; of
+/// large ones nearly all is in large pages. Where there are none, or nobody is to have them, nothing is lost.
+fn prefer_large_pages(start: *mut u8, bytes: usize) {
+    /// Smaller tensors are not read often enough, and may lie among other things.
+    const LEAST: usize = 64 << 10;
+    if bytes < LEAST {
+        return;
+    }
+    let page = rustix::param::page_size();
+    let before = start.addr() % page;
+    let length = (before + bytes).next_multiple_of(page);
+    // SAFETY: the advice changes no content, whoever's it is.
+    let _ = unsafe {
+        rustix::mm::madvise(
+            start.wrapping_sub(before).cast(),
+            length,
+            rustix::mm::Advice::LinuxHugepage,
+        )
+    };
+}
+
 fn room<T>(elements: usize) -> Result<(Vec<T>, *mut u8)> {
     let mut vector = Vec::<T>::new();
     vector
         .try_reserve_exact(elements)
         .map_err(|_| Error::Unsupported(format!("{elements} elements do not fit into memory")))?;
     let start = vector.as_mut_ptr().cast();
+    prefer_large_pages(start, elements * size_of::<T>());
     Ok((vector, start))
 }
 

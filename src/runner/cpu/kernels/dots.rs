@@ -52,6 +52,10 @@ mod x86 {
 
     use super::Element;
 
+    /// Bytes of W that are asked for before they are read, where each is read once: the processor itself looks no further than the end of a page of
+    /// memory.
+    const AHEAD: usize = 8192;
+
     /// A tile of `I` rows of x and `J` rows of W, in registers.
     macro_rules! tile {
         ($name:ident, $lanes:literal, $load:ident, $zero:ident, $loadx:ident, $fma:ident, $sum:ident, $sum4:ident) => {
@@ -73,7 +77,11 @@ mod x86 {
                             xs[i] = $loadx(x.add(i * k + at));
                         }
                         for j in 0..J {
-                            let w = W::$load(w.add(j * k + at));
+                            let w = w.add(j * k + at);
+                            if I == 1 {
+                                _mm_prefetch::<_MM_HINT_T1>(w.cast::<i8>().wrapping_add(AHEAD));
+                            }
+                            let w = W::$load(w);
                             for i in 0..I {
                                 sums[j][i] = $fma(xs[i], w, sums[j][i]);
                             }
