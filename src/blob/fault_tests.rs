@@ -667,11 +667,11 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
-/// Runs `cases` cases from this seed, and prints what they were.
-fn run_all(seed: u64, cases: u32) {
+/// Runs the `nth` share of `cases` cases from this seed, and prints what they were.
+fn run_all(seed: u64, nth: u64, cases: u32) {
     let hosts = hosts();
     let mut bytes = [0; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[..8].copy_from_slice(&seed.wrapping_mul(2).wrapping_add(nth).to_le_bytes());
     let config = Config {
         cases,
         max_shrink_iters: 2000,
@@ -699,10 +699,7 @@ fn share(nth: u64) {
     } else {
         100
     });
-    run_all(
-        seed.wrapping_mul(2).wrapping_add(nth),
-        u32::try_from(cases).unwrap(),
-    );
+    run_all(seed, nth, u32::try_from(cases).unwrap());
 }
 
 #[test]
