@@ -86,11 +86,14 @@ pub(crate) fn sealed(bench: &Bench, table: &mut Table) {
     fs::remove_dir_all(native).unwrap();
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Contestant {
     Curl,
     Ours,
     Candle,
+    /// As above, from a mount that fetches what is read and nothing else: what a loader asks for is then all that keeps the link busy.
+    OursAlone,
+    CandleAlone,
 }
 
 /// A mount with an empty cache, behind the limited link.
@@ -100,22 +103,40 @@ pub(crate) fn cold(bench: &Bench, table: &mut Table) {
     let dir = &bench.dir;
     model.warm();
     let server = Server::nginx(&model.www(), dir, Place::Limited);
-    let contestants = [Contestant::Curl, Contestant::Ours, Contestant::Candle];
+    let contestants = [
+        Contestant::Curl,
+        Contestant::Ours,
+        Contestant::Candle,
+        Contestant::OursAlone,
+        Contestant::CandleAlone,
+    ];
     for round in bench.options.turns("cold") {
-        let (mut wire, mut ours, mut ready, mut candle) = (0.0, 0.0, 0.0, None);
+        let (mut wire, mut ready) = (0.0, 0.0);
+        let (mut ours, mut ours_alone, mut candle, mut candle_alone) = (0.0, 0.0, None, None);
         for contestant in in_turn(round, &contestants) {
             machine::settle(dir, 200);
-            if let Contestant::Curl = contestant {
-                wire = curl(&server, &model, dir);
-                continue;
-            }
+            let flags: &[&str] = match contestant {
+                Contestant::Curl => {
+                    wire = curl(&server, &model, dir);
+                    continue;
+                }
+                Contestant::Ours | Contestant::Candle => &[],
+                Contestant::OursAlone | Contestant::CandleAlone => &["--prefetch", "none"],
+            };
             mount::forget(dir);
-            let mount = Mount::start(&server, &model, dir, &[]);
+            let mount = Mount::start(&server, &model, dir, flags);
+            let candle_load = || Peer::candle(mount.model(), "bf16").map(|peer| peer.load);
             match contestant {
+                Contestant::Curl => {}
                 Contestant::Ours => (ours, ready) = load(mount.model(), &prompt),
-                _ => candle = Peer::candle(mount.model(), "bf16").map(|peer| peer.load),
+                Contestant::Candle => candle = candle_load(),
+                Contestant::OursAlone => ours_alone = load(mount.model(), &prompt).0,
+                Contestant::CandleAlone => candle_alone = candle_load(),
             }
-            mount.wait_until_verified(WEIGHTS);
+            // Nothing completes a blob of which a loader has left something out, if only what lies between two reads.
+            if flags.is_empty() {
+                mount.wait_until_verified(WEIGHTS);
+            }
             mount.stop();
         }
         mount::forget(dir);
@@ -133,17 +154,34 @@ pub(crate) fn cold(bench: &Bench, table: &mut Table) {
             "first load, until a prompt can begin",
             ready,
         );
-        match candle {
-            Some(candle) => {
-                table.ratio(
-                    PLACE,
-                    "first load, speed ÷ candle's from a map",
-                    Bar::at_least(2.0),
-                    candle / ours,
-                );
-                table.add(Unit::Seconds, PLACE, "candle's first load", candle);
-            }
-            None => table.leave_out("candle's first load", "benches/setup.sh makes it"),
-        }
+        table.ratio(
+            PLACE,
+            "first load with --prefetch none, time ÷ curl x4 to files",
+            Bar::SHOWN,
+            ours_alone / wire,
+        );
+        let (Some(candle), Some(candle_alone)) = (candle, candle_alone) else {
+            table.leave_out("candle's first load", "benches/setup.sh makes it");
+            continue;
+        };
+        table.ratio(
+            PLACE,
+            "first load, speed ÷ candle's from a map",
+            Bar::at_least(2.0),
+            candle / ours,
+        );
+        table.add(Unit::Seconds, PLACE, "candle's first load", candle);
+        table.ratio(
+            PLACE,
+            "first load with --prefetch none, speed ÷ candle's from a map",
+            Bar::SHOWN,
+            candle_alone / ours_alone,
+        );
+        table.add(
+            Unit::Seconds,
+            PLACE,
+            "candle's first load with --prefetch none",
+            candle_alone,
+        );
     }
 }
