@@ -123,6 +123,10 @@ pub(crate) fn cold(bench: &Bench, table: &mut Table) {
                 Contestant::Ours | Contestant::Candle => &[],
                 Contestant::OursAlone | Contestant::CandleAlone => &["--prefetch", "none"],
             };
+            let candles = matches!(contestant, Contestant::Candle | Contestant::CandleAlone);
+            if candles && !Peer::has_candle() {
+                continue;
+            }
             mount::forget(dir);
             let mount = Mount::start(&server, &model, dir, flags);
             let candle_load = || Peer::candle(mount.model(), "bf16").map(|peer| peer.load);
@@ -133,7 +137,7 @@ pub(crate) fn cold(bench: &Bench, table: &mut Table) {
                 Contestant::OursAlone => ours_alone = load(mount.model(), &prompt).0,
                 Contestant::CandleAlone => candle_alone = candle_load(),
             }
-            // Nothing completes a blob of which a loader has left something out, if only what lies between two reads.
+            // With --prefetch none nothing completes a blob of which a loader has left something out.
             if flags.is_empty() {
                 mount.wait_until_verified(WEIGHTS);
             }

@@ -86,6 +86,10 @@ pub(crate) struct Peer {
     pub(crate) load: f64,
 }
 
+fn candle_program() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_ocifs")).with_file_name("ocifs-bench-candle")
+}
+
 impl Peer {
     fn start(command: &mut Command) -> Self {
         let mut child = command
@@ -115,11 +119,13 @@ impl Peer {
 
     /// candle-transformers; `None` where it was not built.
     pub(crate) fn candle(model: &Path, dtype: &str) -> Option<Self> {
-        let program = Path::new(env!("CARGO_BIN_EXE_ocifs")).with_file_name("ocifs-bench-candle");
-        let mut command = Command::new(&program);
-        program
-            .exists()
-            .then(|| Self::start(command.arg(model).arg(dtype)))
+        let mut command = Command::new(candle_program());
+        Self::has_candle().then(|| Self::start(command.arg(model).arg(dtype)))
+    }
+
+    /// Whether candle-transformers was built.
+    pub(crate) fn has_candle() -> bool {
+        candle_program().exists()
     }
 
     /// llama.cpp; `None` where `tests/setup.sh` has not run.
