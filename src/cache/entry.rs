@@ -619,7 +619,7 @@ impl Drop for Closing {
 }
 
 /// Whether `path` still leads to the file that `open` describes.
-fn names(path: &std::path::Path, open: &fs::Metadata) -> bool {
+pub(super) fn names(path: &std::path::Path, open: &fs::Metadata) -> bool {
     fs::symlink_metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (open.dev(), open.ino()))
 }
 

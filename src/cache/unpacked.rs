@@ -10,9 +10,8 @@
 //! 4. When anything fails, the file is removed. So is one that nobody has locked, for that was left by a crash; it is never
 //!    shortened, for somebody may be reading it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +19,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::disk::{self, Access, sync_dir};
-use super::entry::Entry;
+use super::entry::{self, Entry};
 use super::lock;
 use super::notes::NoteKind;
 use super::{Cache, CacheError};
@@ -231,12 +230,13 @@ impl Drop for Unpacker {
 
 /// Whether `path` still leads to this file.
 pub(super) fn names(path: &Path, file: &File) -> bool {
-    let (now, open) = (fs::symlink_metadata(path), file.metadata());
-    now.is_ok_and(|now| open.is_ok_and(|open| (now.dev(), now.ino()) == (open.dev(), open.ino())))
+    file.metadata().is_ok_and(|open| entry::names(path, &open))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::cache::CacheConfig;
 
