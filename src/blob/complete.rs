@@ -35,7 +35,7 @@ impl LazyBlob {
             // What was wrong is thrown away and fetched again: the entry is another one then.
             let hold = self.hold();
             self.filling.store(true, Ordering::Release);
-            self.fetch_all(&hold).await?;
+            self.fetch_all(&hold, ()).await?;
             let hashed = pin!(self.hash_what_came(&hold));
             let decided = match select(hashed, pin!(self.begin_sync(&hold))).await {
                 Either::Left((decided, _)) => decided,
@@ -58,16 +58,17 @@ impl LazyBlob {
     }
 
     /// Fetches what is missing, and no more: [`LazyBlob::complete`] without the wait for the hash. As long as the hold lives, nothing
-    /// of it is evicted.
+    /// of it is evicted. `turn` is dropped once the last part of it has been asked for, at the latest when this ends: whoever waits for
+    /// it comes behind this blob and leaves no connection idle.
     ///
     /// # Errors
     /// As [`LazyBlob::complete`].
-    pub async fn fill(self: &Arc<Self>) -> Result<Hold, BlobError> {
+    pub async fn fill(self: &Arc<Self>, turn: impl Send) -> Result<Hold, BlobError> {
         let hold = self.hold();
         self.check()?;
         self.filling.store(true, Ordering::Release);
         if *self.verified.borrow() != Verified::Yes {
-            self.fetch_all(&hold).await?;
+            self.fetch_all(&hold, turn).await?;
         }
         Ok(hold)
     }
@@ -88,9 +89,10 @@ impl LazyBlob {
         }
     }
 
-    async fn fetch_all(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
+    async fn fetch_all(self: &Arc<Self>, hold: &Hold, turn: impl Send) -> Result<(), BlobError> {
+        let mut turn = Some(turn);
         for _ in 0..ROUNDS {
-            match self.fetch_parts(hold).await {
+            match self.fetch_parts(hold, turn.take()).await {
                 // It was found wrong and thrown away under these requests: that is no want of room, and it comes once more.
                 Err(BlobError::NoRoom { .. }) if self.doubted.load(Ordering::Acquire) => {
                     self.check()?;
@@ -105,11 +107,21 @@ impl LazyBlob {
         })
     }
 
-    async fn fetch_parts(self: &Arc<Self>, hold: &Hold) -> Result<(), BlobError> {
+    async fn fetch_parts(
+        self: &Arc<Self>,
+        hold: &Hold,
+        mut turn: Option<impl Send>,
+    ) -> Result<(), BlobError> {
         stream::iter(plan::parts(ByteRange::new(0, self.size), 2 * plan::PART))
-            .map(|part| async move {
-                let deadline = Deadline::after(self.shared.config.read_timeout);
-                self.ensure(hold, part, None, Urgency::Fill, deadline).await
+            .map(|part| {
+                if part.end() == self.size {
+                    // It is asked for in the very poll that took it, before anybody who is woken by this.
+                    turn = None;
+                }
+                async move {
+                    let deadline = Deadline::after(self.shared.config.read_timeout);
+                    self.ensure(hold, part, None, Urgency::Fill, deadline).await
+                }
             })
             .buffered(PARTS_AT_ONCE / 2)
             .try_for_each(|_| ready(Ok(())))

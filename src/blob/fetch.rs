@@ -1,6 +1,7 @@
 //! A request from its begin to its end: permit, claim, bytes into the cache.
 
 use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use super::lazy::{Chain, Hold, LazyBlob};
 use super::plan;
 use crate::base::rt::{aside, sleep, timeout, timeout_at};
 use crate::base::sync::atomic::Ordering;
-use crate::base::{Begun, ByteRange, Deadline, Instant, begin, lock};
+use crate::base::{Begun, ByteRange, Deadline, Instant, begin, lock, start};
 use crate::cache::{CacheError, Claim, Writer};
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 
@@ -113,11 +114,13 @@ impl LazyBlob {
             }
             landing.end(result);
         };
-        // A reader waits for this one, so the request leaves before another thread has woken.
-        if urgency == Urgency::Demand {
-            return begin(&runtime, work);
+        match urgency {
+            // A reader waits for this one, so the request leaves before another thread has woken.
+            Urgency::Demand => return begin(&runtime, work),
+            // It takes its place behind those that were asked for before, which threads of the runtime would begin in any order.
+            Urgency::Fill => start(&runtime, work),
+            Urgency::Window => drop(runtime.spawn(work)),
         }
-        runtime.spawn(work);
         None
     }
 
@@ -157,18 +160,22 @@ impl LazyBlob {
     /// Waits for a connection: demand has its own, filling gives way to readers that wait.
     async fn permit(&self, flight: &Flight) -> Permit<'_> {
         let background = async {
-            if flight.urgency == Urgency::Fill {
-                let mut foreground = self.shared.foreground.subscribe();
-                let _ = timeout(YIELD, foreground.wait_for(|count| *count == 0)).await;
-            }
+            let place = match flight.urgency {
+                Urgency::Fill => self.place_to_fill().await,
+                _ => None,
+            };
             let first = lock(&self.repositories).first().cloned();
-            match first {
-                Some(repository) => {
-                    let lane = self.shared.registry.lane(&repository, &self.digest);
-                    Permit::Part(lane.await)
-                }
-                None => Permit::None,
-            }
+            let Some(repository) = first else {
+                return Permit::None;
+            };
+            let mut lane = pin!(self.shared.registry.lane(&repository, &self.digest));
+            // The place is left when the wait for a lane has begun.
+            let at_once = poll_fn(|cx| Poll::Ready(lane.as_mut().poll(cx))).await;
+            drop(place);
+            Permit::Part(match at_once {
+                Poll::Ready(lane) => lane,
+                Poll::Pending => lane.await,
+            })
         };
         let demand = async {
             flight.boosted().await;
@@ -182,6 +189,15 @@ impl LazyBlob {
             permit = demand => permit,
             permit = background => permit,
         }
+    }
+
+    /// Waits behind the parts that were to be filled before, and then for readers.
+    async fn place_to_fill(&self) -> Option<SemaphorePermit<'_>> {
+        let until = Instant::now() + YIELD;
+        let place = self.shared.fills.acquire().await.ok();
+        let mut foreground = self.shared.foreground.subscribe();
+        let _ = timeout_at(until, foreground.wait_for(|count| *count == 0)).await;
+        place
     }
 
     /// Gets the right to fetch the flight's range, or sees another process bring it.

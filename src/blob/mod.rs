@@ -234,6 +234,9 @@ struct Shared {
     runtime: Handle,
     table: Mutex<HashMap<(Digest, u64), Weak<LazyBlob>>>,
     demands: Semaphore,
+    /// The one place from which a part to be filled goes on to wait for a lane: all that gave way to readers wake together, and would
+    /// be fetched in any order.
+    fills: Semaphore,
     /// How many readers wait, and how many requests for what readers want are under way.
     foreground: watch::Sender<usize>,
     budget: Budget,
@@ -315,6 +318,7 @@ impl Blobs {
                 runtime: Handle::current(),
                 table: Mutex::default(),
                 demands: Semaphore::new(DEMANDS_AT_ONCE),
+                fills: Semaphore::new(1),
                 foreground: watch::Sender::new(0),
                 hashers: Hashers::new(Arc::clone(&readers), threads),
                 purse: Purse::default(),

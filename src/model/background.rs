@@ -12,8 +12,6 @@ use super::{Model, Models};
 use crate::base::{Digest, lock};
 use crate::blob::{Event, Prefetch};
 
-/// Blobs of one model that are fetched side by side, so that the last parts of one leave no connection idle.
-const FETCHED_TOGETHER: usize = 2;
 /// Blobs of one model that are fetched or hashed: on a busy machine hashing falls behind the wire, which must not stand still for
 /// it, but what is not sealed cannot be evicted either.
 const UNDECIDED: usize = 8;
@@ -64,16 +62,14 @@ async fn complete(model: &Model) {
         .map(|repository| repository.to_string())
         .unwrap_or_default();
     tracing::info!(repository, digest = %model.digest, bytes = model.size(), cached = had, "a model is being read; the rest of it is fetched");
-    let connections = Semaphore::new(FETCHED_TOGETHER);
+    // One blob at a time asks for its parts, in the order of the manifest (the semaphore is fair): an engine reads one shard after the
+    // other, and who gets half of the next one early gets the present one late.
+    let turns = Semaphore::new(1);
     stream::iter(&model.blobs)
         .for_each_concurrent(UNDECIDED, |blob| {
-            let connections = &connections;
+            let turns = &turns;
             async move {
-                let fetched = {
-                    // In the order of the manifest: the semaphore is fair.
-                    let _permit = connections.acquire().await;
-                    blob.fill().await
-                };
+                let fetched = blob.fill(turns.acquire().await).await;
                 let completed = match &fetched {
                     Ok(_hold) => blob.complete().await,
                     Err(error) => Err(error.clone()),

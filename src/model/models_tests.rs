@@ -151,6 +151,15 @@ async fn registry() -> (Arc<Content>, Repository) {
 }
 
 fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
+    let blobs = BlobConfig {
+        prefetch: Prefetch::None,
+        offline,
+        ..BlobConfig::default()
+    };
+    models_over(dir, tag_ttl, blobs)
+}
+
+fn models_over(dir: &Path, tag_ttl: Duration, blobs: BlobConfig) -> Models {
     let cache = Cache::open(CacheConfig {
         dir: dir.to_owned(),
         limit: 1 << 30,
@@ -164,13 +173,11 @@ fn models(dir: &Path, tag_ttl: Duration, offline: bool) -> Models {
         connect_timeout: Duration::from_secs(5),
         stall_timeout: Duration::from_secs(5),
         http: HttpVersion::Auto,
-        max_connections: RegistryConfig::MOST_CONNECTIONS,
+        max_connections: LANES,
     });
     let blobs = BlobConfig {
-        prefetch: Prefetch::None,
         read_timeout: Duration::from_secs(10),
-        offline,
-        ..BlobConfig::default()
+        ..blobs
     };
     let blobs = Blobs::new(cache, registry.unwrap(), blobs);
     Models::new(
@@ -188,6 +195,8 @@ fn reference(repository: &Repository, tag: &str) -> Reference {
     Reference::tagged(repository.clone(), tag.parse().unwrap())
 }
 
+/// Parts that are fetched at a time.
+const LANES: usize = 4;
 const LONG: Duration = Duration::from_secs(600);
 
 /// Two nameless shards of 4 MiB each.
@@ -320,6 +329,46 @@ async fn a_complete_model_is_published_and_needs_no_registry() {
         Err(ModelError::Offline { .. })
     ));
     assert_eq!(lock(&content.log).len(), before, "offline means offline");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_a_model_comes_shard_by_shard() {
+    // More than is asked for at a time.
+    const SIZE: u64 = 224 << 20;
+    let (content, repository) = registry().await;
+    let shards = ["a", "b"].map(|name| safetensors_file(&[(name, SIZE)]));
+    let layers = shards.clone().map(|shard| content.layer(SHARD, shard));
+    let digest = content.push("v1", &layers);
+    let dir = tempfile::tempdir().unwrap();
+    let models = models_over(dir.path(), LONG, BlobConfig::default());
+    let tended = tokio::spawn(models.clone().tend());
+    let model = models.open(&repository, &digest).await.unwrap();
+    let file = model.file("model-00001-of-00002.safetensors").unwrap();
+    let _hold = file.hold();
+    // Enough to show that a reader wants everything, and no more, for what he asks for comes first.
+    for at in 0..24 {
+        file.read(ByteRange::at(at << 20, 1 << 20)).await.unwrap();
+    }
+    while !model.is_complete() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tended.abort();
+    // Requests for headers are small.
+    let log = lock(&content.log).clone();
+    let parts = |shard: &Vec<u8>| {
+        let digest = Digest::of(shard).to_string();
+        let asked = log
+            .iter()
+            .enumerate()
+            .filter(move |(_, (line, sent))| line.contains(&digest) && *sent >= 2 << 20)
+            .map(|(at, _)| at);
+        asked.collect::<Vec<_>>()
+    };
+    let [before, behind] = shards.each_ref().map(parts);
+    assert!(before.len() > 2 * LANES && behind.len() > 2 * LANES);
+    // Those that left together may have come in any order, and the reader may have asked for one more.
+    let late = before.iter().filter(|at| **at > behind[0]);
+    assert!(late.count() <= LANES, "{before:?} {behind:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
