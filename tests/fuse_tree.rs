@@ -19,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use ocifs::base::Digest;
+use ocifs::base::{Chain, Digest};
 use ocifs::fuse::Counts;
 use ocifs::model::{Content, File, Model};
 use ocifs::mount::{self, Handler, Mount, MountError, MountOptions, Request, Umount};
@@ -183,7 +183,7 @@ fn handler(tree: Tree) -> Handler {
                     tree.refresh(&reference)
                         .await
                         .map(|digest| digest.to_string().into())
-                        .map_err(|error| error.chain())
+                        .map_err(|error| Chain(&error).to_string())
                 }
                 _ => Err("there is nobody to ask".to_owned()),
             }

@@ -1,5 +1,6 @@
 //! Value types that every layer speaks, how work begins, and what of a runtime the model check replaces: no I/O.
 
+mod chain;
 mod deadline;
 mod digest;
 pub mod meter;
@@ -10,6 +11,7 @@ mod size;
 mod start;
 pub mod sync;
 
+pub use chain::Chain;
 pub use deadline::Deadline;
 pub use digest::{Digest, DigestError, Hasher};
 pub use range::ByteRange;

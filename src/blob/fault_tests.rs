@@ -19,7 +19,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 
 use super::*;
-use crate::base::Instant;
+use crate::base::{Chain, Instant};
 use crate::cache::CacheConfig;
 use crate::registry::testing::script::{Asked, Said, Step, play};
 use crate::registry::{HttpVersion, RegistryConfig};
@@ -591,10 +591,7 @@ async fn check(world: &World, hosts: &Path, place: &Path, tally: &mut Tally) -> 
             // Of what came since the first lie was found, some was another one.
             Err(BlobError::Corrupt { .. }) if case.lie != Lie::Nobody => {}
             Err(error) => {
-                return Err(format!(
-                    "no fault is left, and yet: {}",
-                    lazy::Chain(&error)
-                ));
+                return Err(format!("no fault is left, and yet: {}", Chain(&error)));
             }
         }
     }

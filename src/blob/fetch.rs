@@ -14,11 +14,11 @@ use super::BlobError;
 use super::budget::Reservation;
 use super::flight::{Flight, Urgency};
 use super::hedge::{Answer, Feed};
-use super::lazy::{Chain, Hold, LazyBlob};
+use super::lazy::{Hold, LazyBlob};
 use super::plan;
 use crate::base::rt::{aside, sleep, timeout, timeout_at};
 use crate::base::sync::atomic::Ordering;
-use crate::base::{Begun, ByteRange, Deadline, Instant, begin, lock, start};
+use crate::base::{Begun, ByteRange, Chain, Deadline, Instant, begin, lock, start};
 use crate::cache::{CacheError, Claim, Writer};
 use crate::registry::{BlobBody, BodyStream, Lane, RegistryError};
 

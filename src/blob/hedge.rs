@@ -15,11 +15,11 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::flight::Flight;
-use super::lazy::{Chain, LazyBlob};
+use super::lazy::LazyBlob;
 use crate::base::rt::sleep;
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::Ordering;
-use crate::base::{ByteRange, Deadline, Instant, lock};
+use crate::base::{ByteRange, Chain, Deadline, Instant, lock};
 use crate::registry::{BlobBody, BodyStream, RegistryError};
 
 /// So many requests of readers pay for a second one.

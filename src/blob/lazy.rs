@@ -21,7 +21,7 @@ use super::{BlobError, Event, Prefetch, Shared, Verified};
 use crate::base::rt::timeout_at;
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::base::{Begun, ByteRange, Deadline, Digest, Instant, lock};
+use crate::base::{Begun, ByteRange, Chain, Deadline, Digest, Instant, lock};
 use crate::cache::{Cache, CacheError, Data, Entry, Identity};
 use crate::registry::{Repository, Source};
 
@@ -857,20 +857,5 @@ impl Drop for Hold {
             drop(entry);
             lock(&self.blob.state).overlay.clear();
         }
-    }
-}
-
-/// An error with all its causes on one line.
-pub(super) struct Chain<'a>(pub(super) &'a (dyn std::error::Error + 'a));
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
     }
 }

@@ -8,11 +8,11 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use super::lazy::{Chain, Hold, LazyBlob};
+use super::lazy::{Hold, LazyBlob};
 use super::{Event, Verified, Wrong};
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::Ordering;
-use crate::base::{ByteRange, Digest, Hasher, Instant, lock};
+use crate::base::{ByteRange, Chain, Digest, Hasher, Instant, lock};
 use crate::cache::Entry;
 
 /// Bytes hashed at a time: few enough to stay in a processor's second-level cache between reading and hashing.

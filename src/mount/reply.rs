@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, SystemTime};
 
 use super::errno::{BUFFER_TOO_SMALL, errno};
+use crate::base::Chain;
 use crate::fuse::{self, Payload, Reply, open};
 use crate::tree::{Attr, Data, DirEntry, Entry, Kind, Mapped, NodeId, Opened, Tree, TreeError};
 
@@ -96,7 +97,7 @@ pub(super) fn reply_read(reply: Reply, node: NodeId, result: Result<Data, TreeEr
         Ok(Data::Pieces(pieces)) => reply.pieces(&pieces),
         Ok(Data::Mapped(mapped)) => reply.payload(&mapped),
         Err(error) => {
-            tracing::error!(?node, reason = error.chain(), "a read failed");
+            tracing::error!(?node, reason = %Chain(&error), "a read failed");
             reply.error(errno(&error));
         }
     }

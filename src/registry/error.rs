@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::dial::DialError;
 use super::pool::PoolError;
-use crate::base::Digest;
+use crate::base::{Chain, Digest};
 
 /// What can go wrong on the way to a registry. URLs in it are stripped of queries and credentials.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -369,15 +369,9 @@ pub(super) fn denial(reason: &str, host: &str) -> String {
     )
 }
 
-/// An error with its causes in one line.
+/// An error with its causes on one line, which is no longer than what a registry may make it.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    bounded(&text, 300)
+    bounded(&Chain(error).to_string(), 300)
 }
 
 /// At most `most` characters of a text from outside, without control characters.

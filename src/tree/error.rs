@@ -107,18 +107,6 @@ impl TreeError {
         Self::NotFound { what: what.into() }
     }
 
-    /// The message with all its causes, for a log line.
-    pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut next = self.source();
-        while let Some(cause) = next {
-            text.push_str(": ");
-            text.push_str(&cause.to_string());
-            next = cause.source();
-        }
-        text
-    }
-
     /// Whether asking again at once would only get the same answer.
     pub(super) fn is_final(&self) -> bool {
         matches!(

@@ -161,6 +161,7 @@ fn kind(error: ModelError) -> TreeError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::base::Chain;
 
     #[test]
     fn each_failure_below_is_what_a_user_would_call_it() {
@@ -191,9 +192,9 @@ mod tests {
         };
         let unusable = kind(unusable);
         assert!(
-            unusable.chain().contains("an image"),
+            Chain(&unusable).to_string().contains("an image"),
             "{}",
-            unusable.chain()
+            Chain(&unusable)
         );
         assert!(matches!(unusable, TreeError::Unusable { .. }));
     }

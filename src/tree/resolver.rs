@@ -21,7 +21,7 @@ use super::shown::Shown;
 use super::table::NodeTable;
 use super::ttl::TtlMap;
 use super::{Catalogue, Invalidation, TreeError};
-use crate::base::{Digest, lock};
+use crate::base::{Chain, Digest, lock};
 use crate::registry::Reference;
 
 /// How many references are asked for at a time, so that a crawler does not occupy every connection.
@@ -358,7 +358,7 @@ impl Resolver {
         drop(complaints);
         match error {
             TreeError::NotFound { .. } => tracing::debug!(%reference, "not found"),
-            _ => tracing::warn!(%reference, reason = error.chain(), "cannot be shown"),
+            _ => tracing::warn!(%reference, reason = %Chain(&error), "cannot be shown"),
         }
     }
 }

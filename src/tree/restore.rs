@@ -18,7 +18,7 @@ use super::namespace::Tree;
 use super::node::{Node, NodeId};
 use super::shown::Shown;
 use super::{DebtId, TreeError, absent, debts};
-use crate::base::{Digest, lock};
+use crate::base::{Chain, Digest, lock};
 use crate::registry::Repository;
 
 /// How many artifacts are opened at a time.
@@ -111,7 +111,7 @@ impl Tree {
             let shown = match tokio::time::timeout_at(end, opened).await {
                 Ok(Ok(model)) => Ok(Arc::new(Shown::new(repository.clone(), model))),
                 Ok(Err(error)) => {
-                    tracing::warn!(%repository, %digest, reason = error.chain(), "what the kernel holds of it cannot be had yet");
+                    tracing::warn!(%repository, %digest, reason = %Chain(&error), "what the kernel holds of it cannot be had yet");
                     Err(Some(error))
                 }
                 Err(_) => {
