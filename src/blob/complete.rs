@@ -9,7 +9,8 @@ use futures_util::future::{Either, select};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::flight::Urgency;
-use super::lazy::{Hold, LazyBlob};
+use super::hold::Hold;
+use super::lazy::LazyBlob;
 use super::{BlobError, PARTS_AT_ONCE, Verified, plan};
 use crate::base::rt::sleep;
 use crate::base::sync::atomic::Ordering;

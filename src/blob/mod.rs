@@ -14,25 +14,30 @@ use tokio::sync::{Semaphore, broadcast, watch};
 
 mod budget;
 mod complete;
+mod ensure;
 #[cfg(test)]
 mod fault_tests;
 mod fetch;
 mod flight;
 mod hashers;
 mod hedge;
+mod hold;
 mod lazy;
 mod link;
 mod memory;
 mod overlay;
 mod plan;
 mod prefetch;
+mod read;
 mod readers;
+mod sink;
 #[cfg(test)]
 mod tests;
 mod verify;
 
 pub use hashers::HashCost;
-pub use lazy::{Hold, LazyBlob};
+pub use hold::Hold;
+pub use lazy::LazyBlob;
 pub use memory::{LastingMemory, Memory};
 
 use budget::Budget;

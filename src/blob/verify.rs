@@ -8,7 +8,8 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use super::lazy::{Hold, LazyBlob};
+use super::hold::Hold;
+use super::lazy::LazyBlob;
 use super::{Event, Verified, Wrong};
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::Ordering;

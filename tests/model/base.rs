@@ -1,5 +1,7 @@
 //! `crate::base` as the core knows it, with shuttle's locks, tasks and clock.
 
+#[path = "../../src/base/chain.rs"]
+mod chain;
 #[path = "../../src/base/deadline.rs"]
 mod deadline;
 #[path = "../../src/base/digest.rs"]
@@ -11,11 +13,12 @@ mod range;
 #[path = "../../src/base/start.rs"]
 mod start;
 
+pub use chain::Chain;
 pub use deadline::Deadline;
 pub use digest::{Digest, DigestError, Hasher};
 pub use range::ByteRange;
 pub use rt::Instant;
-pub use start::{Begun, begin};
+pub use start::{Begun, begin, start};
 pub use sync::lock;
 
 /// See `src/base/sync.rs`.
