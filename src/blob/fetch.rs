@@ -56,7 +56,9 @@ impl LazyBlob {
             Urgency::Demand => return begin(&runtime, work),
             // It takes its place behind those that were asked for before, which threads of the runtime would begin in any order.
             Urgency::Fill => start(&runtime, work),
-            Urgency::Window => drop(runtime.spawn(work)),
+            Urgency::Window => {
+                runtime.spawn(work);
+            }
         }
         None
     }

@@ -1,8 +1,8 @@
 //! Lazy blobs: which bytes are here, which to fetch, in what order; verification; prefetch.
 //!
-//! A read, in the order of the files: [`LazyBlob::read`] (`lazy.rs`) looks into the cache; what is missing becomes requests
-//! (`plan.rs`, pure) that nobody else has under way, in this process (`flight.rs`) or another (the cache's claims); they run
-//! and fill the cache (`fetch.rs`), and the read goes on as soon as its own bytes are there. What else to fetch is decided in
+//! A read, in the order of the files: [`LazyBlob::read`] (`read.rs`) holds the blob's cache entry (`hold.rs`) and looks into it; what
+//! is missing becomes requests (`ensure.rs`; `plan.rs`, pure) that nobody else has under way, in this process (`flight.rs`) or another
+//! (the cache's claims); they run (`fetch.rs`) and fill the cache (`sink.rs`), and the read goes on as soon as its own bytes are there. What else to fetch is decided in
 //! `prefetch.rs` (pure); completing a blob (`complete.rs`) asks in the same way. A blob that is whole is hashed and sealed behind
 //! all this (`verify.rs`). Bytes that the cache cannot take are handed through memory (`overlay.rs`).
 
