@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::lazy::LazyBlob;
-use super::{Event, Verified};
+use super::{Event, Notice, Verified};
 use crate::base::sync::atomic::Ordering;
 use crate::base::{ByteRange, Chain, Instant, lock};
 use crate::cache::{CacheError, Entry, Identity};
@@ -23,10 +23,23 @@ pub(super) struct Slot {
     opening: u64,
     /// The file that readers were given bytes from, until those are known to be wrong and dropped everywhere.
     given: Option<Identity>,
+    /// That they were is on record, for who goes on after this process.
+    noted: bool,
     /// What was in the cache of it when somebody looked, while it was closed.
     counted: Option<(Instant, u64)>,
     /// When opening failed last.
     failed: Option<Instant>,
+}
+
+impl Slot {
+    /// Of a blob nobody holds; `given` is what a process before this one gave to readers.
+    pub(super) fn after(given: Option<Identity>) -> Self {
+        Self {
+            given,
+            noted: given.is_some(),
+            ..Self::default()
+        }
+    }
 }
 
 /// Keeps a blob's cache entry open.
@@ -96,9 +109,7 @@ impl LazyBlob {
                 Ok(entry) => {
                     let sealed = entry.is_sealed();
                     undecided = !sealed && entry.has(ByteRange::new(0, self.size));
-                    let given = slot.given.replace(entry.identity());
-                    replaced = given.is_some_and(|given| given != entry.identity())
-                        && *self.verified.borrow() == Verified::NotYet;
+                    replaced = self.gives(&mut slot, &entry);
                     slot.entry = Some(Arc::new(entry));
                     slot.opening += 1;
                     // Evicted since it was last open: what was known of it is void.
@@ -141,7 +152,6 @@ impl LazyBlob {
         }
         drop(slot);
         if replaced {
-            self.shared.will_discard(self.digest);
             let _ = self.shared.events.send(Event::Replaced(self.digest));
         }
         let hold = Hold {
@@ -152,6 +162,34 @@ impl LazyBlob {
             self.hash_soon();
         }
         hold
+    }
+
+    /// Readers are given bytes of this entry from here on; whether they were given other ones, never known to be right. Nobody has the
+    /// entry before it is on record, nor is it on record before the end of the former file is.
+    fn gives(&self, slot: &mut Slot, entry: &Entry) -> bool {
+        let file = entry.identity();
+        let same = slot.given == Some(file);
+        let given = slot.given.replace(file);
+        let replaced = given.is_some() && !same && *self.verified.borrow() == Verified::NotYet;
+        if replaced {
+            self.shared.will_discard(self.digest);
+        }
+        let noted = std::mem::replace(&mut slot.noted, !entry.is_sealed());
+        if slot.noted && !(noted && same) {
+            self.shared.notice(self.digest, Notice::Gives(file));
+        }
+        if noted && !slot.noted {
+            self.shared.notice(self.digest, Notice::Proves);
+        }
+        replaced
+    }
+
+    /// What readers were given of this entry is right.
+    pub(super) fn proves(&self, entry: &Entry) {
+        let mut slot = lock(&self.slot);
+        if slot.given == Some(entry.identity()) && std::mem::take(&mut slot.noted) {
+            self.shared.notice(self.digest, Notice::Proves);
+        }
     }
 
     /// Finds out whether the sealed file or the descriptor is wrong, on a thread that may take its time. A wrong file goes,

@@ -55,12 +55,13 @@ pub(super) struct State {
 
 impl LazyBlob {
     pub(super) fn new(shared: Arc<Shared>, digest: Digest, size: u64) -> Arc<Self> {
+        let slot = Slot::after(shared.given(&digest));
         Arc::new(Self {
             shared,
             digest,
             size,
             repositories: Mutex::default(),
-            slot: Mutex::default(),
+            slot: Mutex::new(slot),
             state: Mutex::default(),
             verified: watch::Sender::new(decided(digest, size)),
             hashing: Hashing::default(),

@@ -50,7 +50,7 @@ use crate::base::rt::{Handle, hashing_threads};
 use crate::base::sync::Mutex;
 use crate::base::sync::atomic::{AtomicU64, Ordering};
 use crate::base::{ByteRange, Digest, lock};
-use crate::cache::Cache;
+use crate::cache::{Cache, Identity};
 use crate::registry::{Registry, RegistryConfig, RegistryError, Repository};
 
 /// Parts of a blob that are asked for at a time when it is completed. How many of them run, the registry client decides for
@@ -215,8 +215,20 @@ pub enum Event {
     Replaced(Digest),
 }
 
-/// Who is told before the bytes of a blob are thrown away because they are wrong.
-struct Witness(Box<dyn Fn(Digest) + Send + Sync>);
+/// What has to be known of a blob by who goes on where this process is killed. It is told before it happens, in the order in which it
+/// happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// Bytes of it that readers may have been given are thrown away; [`Event::Corrupt`] or [`Event::Replaced`] follows.
+    Discards,
+    /// Readers are given bytes of this file from here on, and nobody knows yet whether they are right.
+    Gives(Identity),
+    /// What readers were given so far is right.
+    Proves,
+}
+
+/// Who is told.
+struct Witness(Box<dyn Fn(Digest, Notice) + Send + Sync>);
 
 impl std::fmt::Debug for Witness {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -256,6 +268,8 @@ struct Shared {
     /// The last blobs that turned out wrong.
     wrong: Mutex<VecDeque<Wrong>>,
     witness: OnceLock<Witness>,
+    /// What a process before this one gave to readers who are there still, and did not know to be right.
+    given: OnceLock<HashMap<Digest, Identity>>,
     events: broadcast::Sender<Event>,
 }
 
@@ -276,11 +290,20 @@ impl Shared {
 }
 
 impl Shared {
-    /// The bytes of a blob are about to be thrown away, or were; [`Event::Corrupt`] or [`Event::Replaced`] follows.
-    fn will_discard(&self, digest: Digest) {
+    fn notice(&self, digest: Digest, notice: Notice) {
         if let Some(witness) = self.witness.get() {
-            witness.0(digest);
+            witness.0(digest, notice);
         }
+    }
+
+    /// The bytes of a blob are about to be thrown away, or were.
+    fn will_discard(&self, digest: Digest) {
+        self.notice(digest, Notice::Discards);
+    }
+
+    /// The file that a process before this one gave to readers.
+    fn given(&self, digest: &Digest) -> Option<Identity> {
+        self.given.get()?.get(digest).copied()
     }
 
     fn note_wrong(&self, wrong: Wrong) {
@@ -331,6 +354,7 @@ impl Blobs {
                 received: Counter::default(),
                 wrong: Mutex::default(),
                 witness: OnceLock::new(),
+                given: OnceLock::new(),
                 readers,
                 events: broadcast::Sender::new(1024),
             }),
@@ -400,11 +424,17 @@ impl Blobs {
         self.shared.received.get()
     }
 
-    /// Has `witness` called with a blob's digest before wrong bytes of it are thrown away, on a thread that may wait for a disk and
-    /// nothing else: for a note of what must follow, which has to outlive this process. Every call is followed by an
-    /// [`Event::Corrupt`] or [`Event::Replaced`]. The first witness counts.
-    pub fn before_discarding(&self, witness: impl Fn(Digest) + Send + Sync + 'static) {
+    /// Has `witness` called with what must be known of a blob should this process be killed, on a thread that may wait for a disk and
+    /// nothing else, and that no other one may wait for: for a note that outlives this process. The first witness counts.
+    pub fn witness(&self, witness: impl Fn(Digest, Notice) + Send + Sync + 'static) {
         let _ = self.shared.witness.set(Witness(Box::new(witness)));
+    }
+
+    /// Goes on for another process, whose witness saw that these files were given to readers and not proved right. Where a blob has
+    /// another file by now, somebody else may have found the former one wrong: whoever holds the blob first finds that out, and
+    /// [`Event::Replaced`] tells of it. To be called before any blob is opened; the first call counts.
+    pub fn were_given(&self, files: impl IntoIterator<Item = (Digest, Identity)>) {
+        let _ = self.shared.given.set(files.into_iter().collect());
     }
 
     /// What happens from now on. A receiver that falls far behind misses the oldest events.

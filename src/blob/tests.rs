@@ -387,7 +387,11 @@ async fn wrong_content_is_never_sealed_and_an_error_once_known() {
         Arc::clone(&seen),
         partial.join(format!("{}.data", digest.hex())),
     );
-    blobs.before_discarding(move |digest| note.lock().unwrap().push((digest, data.exists())));
+    blobs.witness(move |digest, notice| {
+        if notice == Notice::Discards {
+            note.lock().unwrap().push((digest, data.exists()));
+        }
+    });
     let mut events = blobs.events();
     let blob = blobs.open(digest, bytes.len() as u64, &server.repository());
     assert_eq!(
@@ -426,10 +430,10 @@ async fn bytes_that_another_process_threw_away_are_told_of_when_the_blob_is_open
     let right = Server::start(bytes.clone(), Manner::Right).await;
     let dir = tempfile::tempdir().unwrap();
     let [ours, theirs] = [(); 2].map(|()| blobs(dir.path(), BIG, lazily()));
-    let noted = Arc::new(AtomicUsize::new(0));
+    let noted = Arc::new(std::sync::Mutex::new(Vec::new()));
     let note = Arc::clone(&noted);
-    ours.before_discarding(move |_| {
-        note.fetch_add(1, Ordering::SeqCst);
+    ours.witness(move |_, notice| {
+        note.lock().unwrap().push(notice);
     });
     let mut events = ours.events();
     let start = ByteRange::new(0, 100);
@@ -442,9 +446,26 @@ async fn bytes_that_another_process_threw_away_are_told_of_when_the_blob_is_open
     assert_eq!(theirs.wrong().len(), 1, "they found it wrong");
     assert_eq!(early.try_read(start).unwrap().unwrap(), bytes[..100]);
     assert_eq!(events.try_recv().unwrap(), Event::Replaced(digest));
-    assert_eq!(noted.load(Ordering::SeqCst), 1);
+    let noted = noted.lock().unwrap().clone();
+    let [Notice::Gives(file), Notice::Discards, Notice::Proves] = noted[..] else {
+        panic!("{noted:?}");
+    };
     // What is known to be right is right wherever it comes from.
     assert!(early.try_read(start).is_some() && events.try_recv().is_err());
+
+    // Who goes on for a process that was killed before it noticed is told as well, even by who reads nothing.
+    let next = blobs(dir.path(), BIG, lazily());
+    next.were_given([(digest, file)]);
+    let mut events = next.events();
+    drop(next.open(digest, size, &right.repository()).hold());
+    assert_eq!(events.try_recv().unwrap(), Event::Replaced(digest));
+    // Of the same file it is told nothing, be it sealed by now or not.
+    let entry = next.cache().entry(&digest, size).unwrap();
+    let same = blobs(dir.path(), BIG, lazily());
+    same.were_given([(digest, entry.identity())]);
+    let mut events = same.events();
+    drop(same.open(digest, size, &right.repository()).hold());
+    assert!(events.try_recv().is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -218,6 +218,7 @@ impl LazyBlob {
                 }
             }
             self.verified.send_replace(Verified::Yes);
+            self.proves(entry);
             self.doubted.store(false, Ordering::Release);
             self.take_sources();
             tracing::info!(digest = %self.digest, bytes = self.size, "complete and verified");

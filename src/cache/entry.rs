@@ -76,15 +76,32 @@ pub struct Entry {
 pub struct Identity {
     device: u64,
     inode: u64,
-    made: Option<SystemTime>,
+    /// Nanoseconds after 1970; 0 where nobody knows.
+    made: u64,
 }
 
 impl Identity {
     fn of(metadata: &fs::Metadata) -> Self {
+        let made = metadata.created().ok();
+        let made = made.and_then(|made| made.duration_since(SystemTime::UNIX_EPOCH).ok());
         Self {
             device: metadata.dev(),
             inode: metadata.ino(),
-            made: metadata.created().ok(),
+            made: made.map_or(0, |made| u64::try_from(made.as_nanos()).unwrap_or(0)),
+        }
+    }
+
+    /// For who has to know the file again in another process.
+    pub fn to_numbers(self) -> [u64; 3] {
+        [self.device, self.inode, self.made]
+    }
+
+    /// What [`Identity::to_numbers`] gave.
+    pub fn from_numbers([device, inode, made]: [u64; 3]) -> Self {
+        Self {
+            device,
+            inode,
+            made,
         }
     }
 }

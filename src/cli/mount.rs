@@ -199,7 +199,8 @@ fn serve(args: &Mount, settings: &Settings, up: impl FnOnce() -> io::Result<()>)
         stack_depth: if blobs.cache().is_on_overlay() { 2 } else { 1 },
         ..MountOptions::new(&args.mountpoint, &settings.runtime_dir)
     };
-    let watching = tree.clone().follow(&blobs);
+    let before = taken.as_ref().map(|taken| &taken.state);
+    let watching = tree.clone().follow(&blobs, before);
     let report = Arc::new(Report {
         tree: tree.clone(),
         models: models.clone(),

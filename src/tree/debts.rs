@@ -11,6 +11,10 @@
 //! pays what is left while it serves, by that same thread: what the kernel waits for meanwhile (a page that is being read, a
 //! directory in which a name is being looked up) comes by an answer of that process. A journal that is resumed has the debts that were
 //! left, whose numbers stay taken until they are settled.
+//!
+//! What another process does to a blob in a shared cache, this one finds out late, and may be killed before. So the journal also has which
+//! file of the cache the kernel was given bytes of, while nobody knew them to be right. The process that goes on looks whether it is that
+//! file still ([`super::restore`]); where it is another one, its pages become a debt before the journal has the new file.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -9,9 +9,9 @@ use futures_util::future::BoxFuture;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::{Catalogue, Tree, TreeError};
+use super::{Catalogue, State, Tree, TreeError};
 use crate::base::{Deadline, Digest};
-use crate::blob::{BlobError, Blobs, Event};
+use crate::blob::{BlobError, Blobs, Event, Notice};
 use crate::model::{Model, ModelError, Models};
 use crate::registry::{Reference, RegistryError, Repository, Tag};
 
@@ -71,15 +71,23 @@ impl Catalogue for Models {
 impl Tree {
     /// Has the kernel drop what it keeps of blobs that turn out wrong, and take over those that are sealed, until the process
     /// ends. From the call on, and not only once the result is awaited, nothing of a blob is thrown away that the kernel is not owed to
-    /// be told of.
-    pub fn follow(self, blobs: &Blobs) -> impl Future<Output = ()> + use<> {
+    /// be told of. `before` is what [`Tree::restore`] will be given, if anything: what blobs are here now is compared with it.
+    pub fn follow(self, blobs: &Blobs, before: Option<&State>) -> impl Future<Output = ()> + use<> {
         // The tree has the blobs, by its catalogue.
         let tree = Arc::downgrade(&self.0);
-        blobs.before_discarding(move |blob| {
-            if let Some(tree) = tree.upgrade() {
-                Tree(tree).will_drop_content(blob);
+        blobs.witness(move |blob, notice| {
+            let Some(tree) = tree.upgrade().map(Tree) else {
+                return;
+            };
+            match notice {
+                Notice::Discards => tree.will_drop_content(blob),
+                Notice::Gives(file) => tree.gives_content(blob, Some(file)),
+                Notice::Proves => tree.gives_content(blob, None),
             }
         });
+        if let Some(before) = before {
+            blobs.were_given(before.given.iter().map(|(blob, file)| (*blob, *file)));
+        }
         self.hear(blobs.events())
     }
 

@@ -165,6 +165,7 @@ impl Tree {
         for (handle, opened) in &state.open {
             self.adopt_handle(*handle, opened);
         }
+        had.values().for_each(|shown| look_at_given(state, shown));
     }
 
     /// Has the kernel told of what the process before this one owed. Which files a blob is in is not known of an artifact that is
@@ -295,6 +296,15 @@ impl State {
         let shown = self.bindings.iter();
         files.chain(shown.map(|(reference, digest)| (reference.repository().clone(), *digest)))
     }
+}
+
+/// Has the blobs looked at of which the kernel was given bytes that nobody knew to be right. Another process may have found them wrong and
+/// thrown them away, and the one before this one was killed before it noticed: then the cache has another file by now, and opening
+/// that tells of it. The kernel does not ask for what it has in memory, so a reader of that would not have us open anything.
+fn look_at_given(state: &State, shown: &Shown) {
+    let blobs = shown.model().blobs.iter();
+    let given = blobs.filter(|blob| state.given.contains_key(&blob.digest()));
+    given.for_each(|blob| drop(blob.hold()));
 }
 
 /// The node, where it takes no artifact to have it.

@@ -61,24 +61,28 @@ struct Bench {
     registry: Registry,
     published: Published,
     content: Content,
-    _cache: tempfile::TempDir,
+    cache: tempfile::TempDir,
 }
 
 impl Bench {
     /// A model of one weight file whose pages the kernel keeps, and never reads without the daemon.
     fn new(seed: u64) -> Self {
+        Self::with(seed, &["-o", "passthrough=no"])
+    }
+
+    fn with(seed: u64, flags: &[&str]) -> Self {
         let (registry, content) = (Registry::open(), Content::new(seed));
         let published = weights("model.safetensors", content.bytes(0, SIZE as usize))
             .publish(&registry, "org/m:v1");
         let (proxy, cache) = (Proxy::start(registry.address()), scratch("cache"));
-        let held = Held::start(cache.path(), ["-o", "passthrough=no"]);
+        let held = Held::start(cache.path(), flags);
         Self {
             held,
             proxy,
             registry,
             published,
             content,
-            _cache: cache,
+            cache,
         }
     }
 
@@ -137,6 +141,46 @@ fn pages_of_a_blob_that_turned_out_wrong_do_not_outlive_the_daemon_that_knew() {
         fs::read(&path).unwrap()
     });
     assert!(found == bench.content.bytes(0, SIZE as usize));
+    assert_eq!(bench.held.times(), 1);
+    bench.held.umount().ok();
+    bench.held.assert_gone();
+}
+
+#[test]
+fn pages_of_a_blob_that_another_process_threw_away_do_not_outlive_a_daemon_that_had_not_noticed() {
+    let flags = ["-o", "passthrough=no", "--prefetch", "none"];
+    let bench = Bench::with(53, &flags);
+    let blob = &bench.published.layers[0];
+    bench.proxy.always(blob, Fault::Corrupt(WRONG));
+    let path = bench.file();
+    let byte = |file: &File| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, WRONG).map(|()| byte[0])
+    };
+    let (file, wrong) = within(PATIENCE, "read early", move || {
+        let file = File::open(&path).unwrap();
+        let early = byte(&file).unwrap();
+        (file, early)
+    });
+    let right = bench.content.bytes(WRONG, 1)[0];
+    assert_eq!(wrong, !right, "served before it is known to be wrong");
+    bench.proxy.behave();
+    let mut pull = ocifs(["pull", "--cache-dir"]);
+    pull.arg(bench.cache.path());
+    let said = run_command(
+        pull.arg(format!("{}/org/m:v1", bench.proxy.host())),
+        PATIENCE,
+    );
+    assert!(said.stderr.contains("the content is wrong"), "{said}");
+    said.ok();
+    assert_eq!(byte(&file).unwrap(), wrong, "the daemon has not noticed");
+    bench.held.kill_daemon();
+    // From the kernel's memory, for which nobody is asked.
+    within(PATIENCE, "read again", move || {
+        eventually(SOON, "the right byte comes", || {
+            (byte(&file).unwrap() == right).then_some(())
+        });
+    });
     assert_eq!(bench.held.times(), 1);
     bench.held.umount().ok();
     bench.held.assert_gone();

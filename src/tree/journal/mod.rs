@@ -9,6 +9,7 @@
 //! | a reference is bound to a digest | the answer to the first LOOKUP that it shows in |
 //! | a file is open, and by which backing id | the answer to OPEN |
 //! | a directory is open, and the names that it lists | the answer to OPENDIR |
+//! | what the kernel gets of a blob comes from this file of the cache, and may be wrong | the first answer to READ from that file |
 //! | what the kernel keeps is about to be wrong | what makes it wrong: a tag moves, bytes are thrown away |
 //!
 //! That something is forgotten or closed, or that the kernel was told what to drop, is written after it was, and may be lost: a
@@ -48,7 +49,7 @@ pub use state::State;
 pub(super) use state::{Opened, What};
 
 /// The version of the format, which both processes must agree on.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// What a journal begins with.
 const MAGIC: [u8; 8] = *b"ocifsjnl";

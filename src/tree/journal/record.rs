@@ -5,6 +5,7 @@
 
 use super::Malformed;
 use crate::base::Digest;
+use crate::cache::Identity;
 use crate::registry::{Reference, Repository};
 use crate::tree::node::{Folder, Place};
 
@@ -95,6 +96,12 @@ pub(in crate::tree) enum Record {
     Owed { debt: u64, what: Vec<Stale> },
     /// The kernel has been told.
     Settled { debt: u64 },
+    /// The kernel is given bytes of a blob from this file of the cache, and nobody knows whether they are right. Without a file: all
+    /// that it was given so far is.
+    Given {
+        blob: Digest,
+        file: Option<Identity>,
+    },
 }
 
 /// A record as it grows.
@@ -241,6 +248,13 @@ impl Out<'_> {
             }
             Record::Settled { debt } => {
                 self.byte(15).number(*debt);
+            }
+            Record::Given { blob, file } => {
+                let kind = if file.is_some() { 16 } else { 17 };
+                self.byte(kind).digest(blob);
+                for number in file.iter().flat_map(|file| file.to_numbers()) {
+                    self.number(number);
+                }
             }
         }
     }
@@ -405,6 +419,18 @@ impl<'a> In<'a> {
             },
             15 => Record::Settled {
                 debt: self.number()?,
+            },
+            16 => Record::Given {
+                blob: self.digest()?,
+                file: Some(Identity::from_numbers([
+                    self.number()?,
+                    self.number()?,
+                    self.number()?,
+                ])),
+            },
+            17 => Record::Given {
+                blob: self.digest()?,
+                file: None,
             },
             _ => return Err(Malformed),
         })

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::record::{Kept, Record, Stale};
 use crate::base::Digest;
+use crate::cache::Identity;
 use crate::registry::Reference;
 
 /// A node that the kernel holds.
@@ -43,6 +44,8 @@ pub struct State {
     pub(in crate::tree) highest_backing: i32,
     /// What the kernel was not told yet, in the order in which it became due.
     pub(in crate::tree) owed: BTreeMap<u64, Vec<Stale>>,
+    /// Blobs that the kernel has bytes of which nobody knew to be right, and the file of the cache that they came from.
+    pub(in crate::tree) given: BTreeMap<Digest, Identity>,
     pub(in crate::tree) times: u64,
     pub(in crate::tree) reason: String,
 }
@@ -119,6 +122,11 @@ impl State {
             Record::Closed { handle } => drop(self.open.remove(&handle)),
             Record::Owed { debt, what } => drop(self.owed.insert(debt, what)),
             Record::Settled { debt } => drop(self.owed.remove(&debt)),
+            Record::Given {
+                blob,
+                file: Some(file),
+            } => drop(self.given.insert(blob, file)),
+            Record::Given { blob, file: None } => drop(self.given.remove(&blob)),
             Record::Highest { handle, backing } => {
                 self.highest_handle = self.highest_handle.max(handle);
                 self.highest_backing = self.highest_backing.max(backing);
@@ -178,7 +186,11 @@ impl State {
             debt: *debt,
             what: what.clone(),
         });
-        let rest = bindings.chain(nodes).chain(open).chain(owed);
+        let given = self.given.iter().map(|(blob, file)| Record::Given {
+            blob: *blob,
+            file: Some(*file),
+        });
+        let rest = bindings.chain(nodes).chain(open).chain(owed).chain(given);
         head.into_iter().chain(rest)
     }
 }

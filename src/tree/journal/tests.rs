@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::base::Digest;
+use crate::cache::Identity;
 use crate::registry::{Reference, Repository, Tag};
 use crate::tree::node::{Folder, Place};
 
@@ -105,6 +106,10 @@ fn record() -> impl Strategy<Value = Record> {
         (debt.clone(), prop::collection::vec(stale(), 0..4))
             .prop_map(|(debt, what)| Record::Owed { debt, what }),
         debt.prop_map(|debt| Record::Settled { debt }),
+        (digest(), prop::option::of(any::<[u64; 3]>())).prop_map(|(blob, file)| Record::Given {
+            blob,
+            file: file.map(Identity::from_numbers)
+        }),
     ]
 }
 
@@ -236,7 +241,7 @@ fn what_is_no_journal_or_lacks_something_is_refused() {
         .file
         .write_all_at(&(FORMAT + 1).to_le_bytes(), FORMAT_AT)
         .unwrap();
-    assert!(refused(descriptor(&journal).into()).contains("format 3"));
+    assert!(refused(descriptor(&journal).into()).contains("format 4"));
 
     let journal = Journal::new().unwrap();
     journal.session(b"session");
