@@ -36,8 +36,9 @@ mod tags;
 #[cfg(test)]
 mod tests;
 mod unpacked;
+mod writer;
 
-pub use entry::{Entry, Identity, Writer};
+pub use entry::{Entry, Identity};
 #[cfg(test)]
 pub(crate) use faults::fail_writes;
 pub use index::Published;
@@ -47,6 +48,7 @@ pub use notes::NoteKind;
 pub use space::{Usage, Verdict};
 pub use tags::TagRecord;
 pub use unpacked::{Growing, Unpacker, Unpacking};
+pub use writer::Writer;
 
 use crate::base::Digest;
 use disk::Access;
