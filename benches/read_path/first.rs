@@ -15,16 +15,23 @@ use crate::readers::ranges;
 /// Bytes that are wanted first.
 const LENGTH: u64 = 64 << 10;
 
-/// One figure a round: the median over the blobs.
+/// One figure a round, the median over the blobs: from a server on this machine, and from one at a distance.
 pub(crate) fn measure(bench: &Bench, table: &mut Table) {
-    let (dir, place) = (&bench.dir, Place::Loopback.name());
     let size = bench.options.scaled(512 << 20, 64 << 20);
-    let model = Model::safetensors(dir, "shards", 16, size);
-    let server = bench.serve(&model, Place::Loopback);
+    let model = Model::safetensors(&bench.dir, "shards", 16, size);
+    for place in [Place::Loopback, Place::Distant] {
+        measure_at(place, &model, bench, table);
+    }
+}
+
+fn measure_at(place: Place, model: &Model, bench: &Bench, table: &mut Table) {
+    let dir = &bench.dir;
+    let server = bench.serve(model, place);
+    let place = place.name();
     for _ in bench.rounds("first") {
         bench.settle();
         mount::forget(dir);
-        let mount = Mount::start(&server, &model, dir, &[]);
+        let mount = Mount::start(&server, model, dir, &[]);
         // An engine lists the directory before it opens files.
         for blob in &model.blobs {
             std::fs::metadata(mount.file(&blob.name)).unwrap();

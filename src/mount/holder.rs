@@ -43,6 +43,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::control::{self, Identity};
 use super::daemon::Ready;
+use super::ending::{Ending, Next, Tries, next, pause};
 use super::keeper::{CONTROL, DEVICE};
 use super::{point, umount};
 
@@ -60,24 +61,6 @@ const MESSAGE: usize = 8192;
 
 /// The most descriptors that are kept: more than a daemon gives.
 const KEPT: usize = 8;
-
-/// How many deaths are too many in how long a time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tries {
-    /// So many.
-    pub deaths: usize,
-    /// In this time.
-    pub within: Duration,
-}
-
-impl Default for Tries {
-    fn default() -> Self {
-        Self {
-            deaths: 5,
-            within: Duration::from_secs(30),
-        }
-    }
-}
 
 /// What is to be held.
 #[derive(Clone, Debug)]
@@ -102,61 +85,6 @@ pub fn hold(plan: &Plan) -> u8 {
             say(&format!("cannot hold the mount: {error}"));
             1
         }
-    }
-}
-
-/// How a daemon ended, as far as it matters here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Ending {
-    /// It was up, and what a next one needs is here.
-    was_held: bool,
-    /// It said that another one should follow.
-    restart: bool,
-    /// It was up and ended with code 0.
-    well: bool,
-    /// The mount is still there.
-    mounted: bool,
-    /// The mount is to end.
-    told_to_end: bool,
-    /// How many have died in the time that counts, this one included.
-    deaths: usize,
-}
-
-/// What to do about it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Next {
-    /// Start another one.
-    Start,
-    /// That was it.
-    End,
-    /// Take the mount down and end.
-    TakeDown,
-    /// Close the connection, and end.
-    GiveUp,
-}
-
-fn next(ending: Ending, tries: Tries) -> Next {
-    match ending {
-        Ending {
-            was_held: false, ..
-        }
-        | Ending { mounted: false, .. } => Next::End,
-        Ending {
-            told_to_end: true, ..
-        } => Next::TakeDown,
-        Ending { restart: true, .. } => Next::Start,
-        Ending { well: true, .. } => Next::End,
-        _ if ending.deaths >= tries.deaths => Next::GiveUp,
-        _ => Next::Start,
-    }
-}
-
-/// How long to wait before the next daemon is started, after so many deaths: the first ones are followed at once.
-fn pause(deaths: usize) -> Duration {
-    const FIRST: Duration = Duration::from_millis(50);
-    match u32::try_from(deaths.saturating_sub(2)) {
-        Ok(0) | Err(_) => Duration::ZERO,
-        Ok(more) => FIRST * 2_u32.pow(more.min(5)),
     }
 }
 
@@ -633,54 +561,6 @@ pub fn can_take_over(program: &Path, check: &[OsString], patience: Duration) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const DIED: Ending = Ending {
-        was_held: true,
-        restart: false,
-        well: false,
-        mounted: true,
-        told_to_end: false,
-        deaths: 1,
-    };
-
-    #[test]
-    fn what_follows_a_daemon() {
-        let tries = Tries::default();
-        let decide = |ending| next(ending, tries);
-        assert_eq!(decide(DIED), Next::Start);
-        assert_eq!(decide(Ending { deaths: 4, ..DIED }), Next::Start);
-        assert_eq!(decide(Ending { deaths: 5, ..DIED }), Next::GiveUp);
-        let never_up = Ending {
-            was_held: false,
-            ..DIED
-        };
-        assert_eq!(decide(never_up), Next::End);
-        let well = Ending { well: true, ..DIED };
-        assert_eq!(decide(well), Next::End);
-        let restart = Ending {
-            restart: true,
-            deaths: 9,
-            ..DIED
-        };
-        assert_eq!(decide(restart), Next::Start);
-        let told = Ending {
-            told_to_end: true,
-            ..DIED
-        };
-        assert_eq!(decide(told), Next::TakeDown);
-        let unmounted = Ending {
-            mounted: false,
-            ..told
-        };
-        assert_eq!(decide(unmounted), Next::End);
-    }
-
-    #[test]
-    fn the_first_deaths_are_followed_at_once() {
-        assert_eq!((pause(1), pause(2)), (Duration::ZERO, Duration::ZERO));
-        assert!(pause(3) > Duration::ZERO && pause(4) > pause(3));
-        assert!(pause(usize::MAX) < Duration::from_secs(3));
-    }
 
     #[test]
     fn a_dead_main_thread_is_seen_while_another_one_goes_on() {

@@ -19,6 +19,7 @@
 
 mod control;
 mod daemon;
+mod ending;
 mod errno;
 mod error;
 #[cfg(any(test, fuzzing))]
@@ -38,8 +39,9 @@ mod watchdog;
 
 pub use control::{Handler, Request, request};
 pub use daemon::{Ready, spawn_detached};
+pub use ending::Tries;
 pub use error::MountError;
-pub use holder::{Plan, Tries, can_take_over, hold};
+pub use holder::{Plan, can_take_over, hold};
 pub use keeper::{Keeper, Kept, Left};
 pub use meter::Meter;
 pub use mountinfo::{FS_TYPE, MountInfo, mounts};
