@@ -21,8 +21,12 @@ use super::{BlobInfo, Cache, CacheError, index, lock};
 use crate::base::sync::Mutex;
 use crate::base::{ByteRange, Digest, lock as guard};
 
-/// An estimate older than this is replaced by a scan.
+/// An estimate older than this is replaced by a scan, unless there is so much room that it cannot have been filled meanwhile.
 const FRESH: Duration = Duration::from_secs(1);
+/// Bytes a second: faster than all processes together fill a cache.
+const FASTEST: u64 = 16 << 30;
+/// An estimate older than this is replaced in any case.
+const OLD: Duration = Duration::from_secs(30);
 /// After an eviction that freed too little, the next one waits this long: a full cache must not be scanned at each read.
 const EVICT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// With less room left than this, the estimate is not trusted.
@@ -109,6 +113,12 @@ impl Estimate {
         self.found.saturating_add(self.grown)
     }
 
+    /// How old it may be. A scan looks at every file, and whoever wants room waits for it.
+    fn fresh(self, limit: u64) -> Duration {
+        let room = limit.saturating_sub(self.bytes()).saturating_sub(NEAR);
+        Duration::from_secs(room / FASTEST).clamp(FRESH, OLD)
+    }
+
     /// Whether `bytes` more fit in any case, other processes having taken in the meantime several times what this one has.
     fn surely_fits(self, bytes: u64, limit: u64) -> bool {
         let taken = self.grown.saturating_add(bytes).saturating_mul(PROCESSES);
@@ -162,7 +172,7 @@ impl Cache {
     /// How full the cache is, as of a second ago at most.
     pub fn usage(&self) -> Usage {
         let space = &self.inner.space;
-        let allocated = self.estimate().map_or(0, Estimate::bytes);
+        let allocated = self.estimate(|_| FRESH).map_or(0, Estimate::bytes);
         let disk =
             rustix::fs::statvfs(self.dir()).map_or(u64::MAX, |stat| stat.f_bavail * stat.f_frsize);
         Usage {
@@ -172,10 +182,11 @@ impl Cache {
         }
     }
 
-    fn estimate(&self) -> Result<Estimate, CacheError> {
+    /// What is allocated, as of `fresh` ago at most.
+    fn estimate(&self, fresh: impl FnOnce(Estimate) -> Duration) -> Result<Estimate, CacheError> {
         let mut estimate = guard(&self.inner.space.estimate);
         match *estimate {
-            Some(estimate) if estimate.at.elapsed() < FRESH => Ok(estimate),
+            Some(estimate) if estimate.at.elapsed() < fresh(estimate) => Ok(estimate),
             _ => {
                 let new = Estimate {
                     found: self.scan()?.allocated(),
@@ -199,7 +210,9 @@ impl Cache {
     ) -> Result<(), CacheError> {
         let space = &self.inner.space;
         let _alone = guard(&space.reserving);
-        let known = self.estimate().inspect_err(|error| self.failed(error))?;
+        let known = self
+            .estimate(|known| known.fresh(space.limit))
+            .inspect_err(|error| self.failed(error))?;
         if known.surely_fits(bytes, space.limit) {
             match allocate() {
                 Err(CacheError::Full { .. }) => {}
@@ -536,4 +549,25 @@ fn digest_of(name: &str, kind: Kind) -> Option<Digest> {
 
 fn blocks(path: &Path) -> u64 {
     fs::symlink_metadata(path).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_is_believed_for_no_longer_than_the_room_could_last() {
+        let known = |found| Estimate {
+            found,
+            grown: 0,
+            at: Instant::now(),
+        };
+        let fresh = |found, limit| known(found).fresh(limit);
+        assert_eq!(fresh(0, 1 << 30), FRESH);
+        assert_eq!(fresh(1 << 40, 1 << 30), FRESH, "over the limit");
+        let ten = 10 * FASTEST + NEAR;
+        assert_eq!(fresh(0, ten), Duration::from_secs(10));
+        assert_eq!(fresh(7 * FASTEST, ten), Duration::from_secs(3));
+        assert_eq!(fresh(0, u64::MAX), OLD);
+    }
 }
