@@ -1,5 +1,6 @@
 //! The daemon is killed again and again, under readers of every kind: none sees a wrong byte, an error or a lost name.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
@@ -14,7 +15,7 @@ use crate::support::artifact::{Artifact, DOCKER_SAFETENSORS, Layer};
 use crate::support::content::{Content, digest_file};
 use crate::support::held::{Held, kill};
 use crate::support::mount::ocifs;
-use crate::support::process::wait;
+use crate::support::process::{run, wait};
 use crate::support::proxy::{Fault, Proxy};
 use crate::support::registry::Registry;
 use crate::support::{PATIENCE, eventually, python, scale, scratch, within};
@@ -305,7 +306,9 @@ fn another_program_takes_over_on_purpose_under_readers() {
     let install = |more: &[u8]| {
         let mut bytes = fs::read(env!("CARGO_BIN_EXE_ocifs")).unwrap();
         bytes.extend_from_slice(more);
-        replace(&program, &bytes);
+        let file = bin.path().join("built");
+        fs::write(&file, &bytes).unwrap();
+        replace(&program, &file);
         bytes.len() as u64
     };
     let version = |held: &Held| {
@@ -342,12 +345,12 @@ fn another_program_takes_over_on_purpose_under_readers() {
     }
     // A program that cannot take over is refused, and the daemon stays.
     let before = held.daemon();
-    replace(&program, &fs::read("/bin/false").unwrap());
+    replace(&program, Path::new("/bin/false"));
     let said = restart().failed();
     assert!(said.contains("cannot take over"), "{said}");
     assert_eq!(held.daemon(), before);
     // One that says that it can, and then does not, is followed by the holder's own.
-    replace(&program, &fs::read("/bin/true").unwrap());
+    replace(&program, Path::new("/bin/true"));
     restart().ok();
     assert_eq!(version(&held), first);
     readers.stop();
@@ -355,13 +358,12 @@ fn another_program_takes_over_on_purpose_under_readers() {
     held.assert_gone();
 }
 
-/// Puts a program in the place of another one that may run.
-fn replace(program: &Path, bytes: &[u8]) {
-    use std::os::unix::fs::PermissionsExt as _;
-
+/// Puts a copy of `file` in the place of a program that may run. By a process that has no others to start: what is open for writing here is so in
+/// the children of other tests until they execute something, and cannot be run meanwhile (ETXTBSY in execve(2)).
+fn replace(program: &Path, file: &Path) {
     let new = program.with_extension("new");
-    fs::write(&new, bytes).unwrap();
-    fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+    let (mode, from) = (OsStr::new("--mode=755"), file.as_os_str());
+    run("install", [mode, from, new.as_os_str()]).ok();
     fs::rename(&new, program).unwrap();
 }
 
