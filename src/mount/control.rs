@@ -16,6 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::Errno;
 use rustix::net::SocketAddrUnix;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -74,8 +76,29 @@ pub(super) fn socket_path(runtime_dir: &Path, mount: &MountInfo) -> PathBuf {
     runtime_dir.join(format!("{}-{}.sock", mount.major, mount.minor))
 }
 
-/// Device and inode of a socket's name: a later mount may have taken the name.
+/// Device and inode of a socket's name: a later mount may have taken the name. Good for as long as the socket is open, or the name
+/// ([`Name`]): then its inode's number is nobody else's.
 pub(super) type Identity = (u64, u64);
+
+/// Held while a name in the runtime directory is made or removed, so that what was looked at is what is removed, and no socket has a name before
+/// it listens. Mounts follow each other closely: a device's number is free once its mount is gone, and that is before its daemon has cleared
+/// away. Who does not get it goes on without.
+fn alone(runtime_dir: &Path) -> Option<OwnedFd> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const LOOK_EVERY: Duration = Duration::from_millis(5);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(runtime_dir, flags, Mode::empty()).ok()?;
+    let deadline = Deadline::after(PATIENCE);
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK) if !deadline.left().is_zero() => {
+                std::thread::sleep(LOOK_EVERY);
+            }
+            Err(_) => return None,
+        }
+    }
+}
 
 /// The daemon's side. The socket goes away when this is dropped.
 #[derive(Debug)]
@@ -87,11 +110,30 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Listens for requests about `mount`. Needs a tokio runtime.
+    /// Listens for requests about `mount`, which is there. Needs a tokio runtime.
     pub(super) fn start(
         runtime_dir: &Path,
         mount: &MountInfo,
         handler: Handler,
+    ) -> Result<Self, MountError> {
+        // The number of its device is nobody else's now, so what has this name is left over.
+        Self::make(runtime_dir, mount, handler, |_| true)
+    }
+
+    /// Listens for requests about `mount`, which may be gone, and its number another one's. Needs a tokio runtime.
+    pub(super) fn start_again(
+        runtime_dir: &Path,
+        mount: &MountInfo,
+        handler: Handler,
+    ) -> Result<Self, MountError> {
+        Self::make(runtime_dir, mount, handler, is_left_over)
+    }
+
+    fn make(
+        runtime_dir: &Path,
+        mount: &MountInfo,
+        handler: Handler,
+        may_remove: impl FnOnce(&Path) -> bool,
     ) -> Result<Self, MountError> {
         let path = socket_path(runtime_dir, mount);
         let failed = |source| MountError::Setup {
@@ -108,22 +150,34 @@ impl Server {
             path: runtime_dir.to_owned(),
             source,
         })?;
-        // The number of our device is nobody else's now, so what has this name is left over.
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
+        let _alone = alone(runtime_dir);
+        if may_remove(&path)
+            && let Err(error) = fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(failed(error));
         }
         let listener = UnixListener::bind(&path).map_err(failed)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        Self::listen(path.clone(), listener, handler).map_err(failed)
+        let identity = identity(&path).map_err(failed)?;
+        Self::listen(path.clone(), identity, listener, handler).map_err(failed)
     }
 
-    /// Goes on listening at a socket that another process has made. Who asked meanwhile is answered now.
-    pub(super) fn resume(listener: OwnedFd, handler: Handler) -> io::Result<Self> {
+    /// Goes on listening at a socket that another process has made, and that `was` this. Who asked meanwhile is answered now. Where the
+    /// mount is gone, its name may be another socket's.
+    ///
+    /// # Errors
+    /// `NotFound` when nothing has its name.
+    pub(super) fn resume(listener: OwnedFd, was: Identity, handler: Handler) -> io::Result<Self> {
         let (path, _) = named(listener.as_fd()).ok_or(io::ErrorKind::NotFound)?;
         // Listening once more makes us the process that clients see at the other end.
         rustix::net::listen(&listener, BACKLOG)?;
-        Self::listen(path, listener.into(), handler)
+        Self::listen(path, was, listener.into(), handler)
+    }
+
+    /// Which socket it is, for the process that goes on from here.
+    pub(super) fn identity(&self) -> Identity {
+        self.identity
     }
 
     /// The socket, for whoever keeps it open for the next process.
@@ -131,8 +185,12 @@ impl Server {
         self.listener.as_fd()
     }
 
-    fn listen(path: PathBuf, listener: UnixListener, handler: Handler) -> io::Result<Self> {
-        let identity = identity(&path)?;
+    fn listen(
+        path: PathBuf,
+        identity: Identity,
+        listener: UnixListener,
+        handler: Handler,
+    ) -> io::Result<Self> {
         let kept = listener.try_clone()?.into();
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -159,7 +217,12 @@ impl Server {
     }
 }
 
-/// The name of a socket that listens, where it has one.
+/// Whether nobody listens there.
+fn is_left_over(path: &Path) -> bool {
+    UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// The name of a socket that listens, where it has one, and what has that name now.
 pub(super) fn named(listener: BorrowedFd<'_>) -> Option<(PathBuf, Identity)> {
     let address = rustix::net::getsockname(listener).ok()?;
     let address = SocketAddrUnix::try_from(address).ok()?;
@@ -168,29 +231,55 @@ pub(super) fn named(listener: BorrowedFd<'_>) -> Option<(PathBuf, Identity)> {
     Some((path, identity))
 }
 
-/// Removes a socket's name, if it is this socket's still.
+/// Removes the name of a socket that is open, if it is this socket's still.
 pub(super) fn remove(path: &Path, was: Identity) {
+    let _alone = path.parent().and_then(alone);
     if identity(path).is_ok_and(|now| now == was) {
         let _ = fs::remove_file(path);
     }
 }
 
-/// Waits for the name of a mount's socket to be gone: whoever keeps it removes it last. One that nobody keeps is removed
-/// here. Whether it is gone by the deadline.
-pub(super) fn gone_by(runtime_dir: &Path, mount: &MountInfo, deadline: Deadline) -> bool {
-    const LOOK_EVERY: Duration = Duration::from_millis(10);
-    let path = socket_path(runtime_dir, mount);
-    loop {
-        let Ok(identity) = identity(&path) else {
-            return true;
-        };
-        match UnixStream::connect(&path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                remove(&path, identity);
+/// The name of a mount's socket.
+#[derive(Debug)]
+pub(super) struct Name {
+    path: PathBuf,
+    identity: Identity,
+    _open: fs::File,
+}
+
+impl Name {
+    /// Of a mount that is there: later the name may be another one's.
+    pub(super) fn of(runtime_dir: &Path, mount: &MountInfo) -> Option<Self> {
+        let path = socket_path(runtime_dir, mount);
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = rustix::fs::open(&path, flags, Mode::empty()).ok()?;
+        let open = fs::File::from(open);
+        let metadata = open.metadata().ok()?;
+        Some(Self {
+            path,
+            identity: (metadata.dev(), metadata.ino()),
+            _open: open,
+        })
+    }
+
+    fn is_gone(&self) -> bool {
+        !identity(&self.path).is_ok_and(|now| now == self.identity)
+    }
+
+    /// Waits for it to be gone: whoever keeps the socket removes it last. That of a socket that nobody keeps is removed here. Whether
+    /// it is gone by the deadline.
+    pub(super) fn gone_by(&self, deadline: Deadline) -> bool {
+        const LOOK_EVERY: Duration = Duration::from_millis(10);
+        while !self.is_gone() {
+            if is_left_over(&self.path) {
+                remove(&self.path, self.identity);
             }
-            _ if deadline.left().is_zero() => return false,
-            _ => std::thread::sleep(LOOK_EVERY),
+            if deadline.left().is_zero() {
+                return self.is_gone();
+            }
+            std::thread::sleep(LOOK_EVERY);
         }
+        true
     }
 }
 
@@ -330,8 +419,9 @@ mod tests {
 
         // The process that goes on listening answers from then on, also who asked before.
         let listener = server.descriptor().try_clone_to_owned().unwrap();
+        let was = server.identity();
         std::mem::forget(server);
-        let server = Server::resume(listener, handler()).unwrap();
+        let server = Server::resume(listener, was, handler()).unwrap();
         let dir = runtime_dir.clone();
         let ask = move || request(&dir, &mount(), &Request::Status, Duration::from_secs(5));
         let answer = tokio::task::spawn_blocking(ask).await.unwrap();
@@ -339,9 +429,17 @@ mod tests {
 
         // The next daemon on the same device number takes the name over, and keeps it when the first one ends.
         let next = Server::start(&runtime_dir, &mount(), handler()).unwrap();
+        let listener = server.descriptor().try_clone_to_owned().unwrap();
         drop(server);
         assert!(path.exists());
+        // Nor is it lost to one that goes on for the first one's mount only to find it gone, whatever became of the first one's socket.
+        drop(Server::resume(listener, was, handler()).unwrap());
+        assert!(path.exists());
+        Server::start_again(&runtime_dir, &mount(), handler()).unwrap_err();
+        assert!(path.exists());
         drop(next);
+        assert!(!path.exists());
+        drop(Server::start_again(&runtime_dir, &mount(), handler()).unwrap());
         assert!(!path.exists());
         let error = request(
             &runtime_dir,
@@ -355,11 +453,19 @@ mod tests {
         // Of a process that was killed the name stays, and nobody listens.
         drop(UnixListener::bind(&path).unwrap());
         let soon = || Deadline::after(Duration::from_millis(50));
-        assert!(gone_by(&runtime_dir, &mount(), soon()));
+        let name = || Name::of(&runtime_dir, &mount()).unwrap();
+        assert!(name().gone_by(soon()));
         assert!(!path.exists());
         let listener = UnixListener::bind(&path).unwrap();
-        assert!(!gone_by(&runtime_dir, &mount(), soon()));
+        let listens = name();
+        assert!(!listens.gone_by(soon()));
         assert_eq!(named(listener.as_fd()).unwrap().0, path);
+        // One that has the name next is not waited for, nor is its name removed, and be it before it listens.
+        drop(listener);
+        fs::remove_file(&path).unwrap();
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(listens.gone_by(Deadline::after(Duration::ZERO)));
+        assert!(path.exists());
     }
 
     #[test]

@@ -8,11 +8,15 @@ use std::time::Duration;
 
 use rustix::mount::UnmountFlags;
 
-use super::MountError;
 use super::mountinfo::{self, FS_TYPE, MountInfo};
+use super::{MountError, control};
+use crate::base::Deadline;
 
 /// A mount that does not answer stat(2) in this time is taken for one that hangs.
 const STAT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long the last process of a dead mount may take to let go of its socket.
+const SOCKET_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How many dead mounts on top of each other are cleared away.
 const DEAD_MOUNTS: usize = 32;
@@ -97,14 +101,15 @@ fn state(path: &Path) -> State {
 
 /// Makes sure that `path` can be mounted on; its full form. Dead mounts of ours are cleared away. What a directory holds is
 /// hidden by a mount, so one that holds something is refused unless `cover` says that it may be.
-pub(super) fn prepare(path: &Path, cover: bool) -> Result<PathBuf, MountError> {
+pub(super) fn prepare(path: &Path, cover: bool, runtime_dir: &Path) -> Result<PathBuf, MountError> {
     let refuse = |reason: String| MountError::Point {
         path: path.to_owned(),
         reason,
     };
     let full = full_path(path).map_err(|error| refuse(explain(&error)))?;
     for _ in 0..DEAD_MOUNTS {
-        let ours = top(&full)?.is_some_and(|mount| mount.kind == FS_TYPE);
+        let dead = top(&full)?.filter(|mount| mount.kind == FS_TYPE);
+        let ours = dead.is_some();
         match state(&full) {
             State::Directory if ours => return Err(MountError::AlreadyMounted { path: full }),
             State::Directory => {
@@ -122,7 +127,12 @@ pub(super) fn prepare(path: &Path, cover: bool) -> Result<PathBuf, MountError> {
             State::Other(error) => return Err(refuse(explain(&error))),
             State::Dead if ours => {
                 tracing::warn!(path = %full.display(), "a mount of ocifs whose daemon is gone is cleared away");
+                let socket = dead.and_then(|mount| control::Name::of(runtime_dir, &mount));
                 super::umount::detach(&full, UnmountFlags::DETACH)?;
+                // Left by a daemon that could not remove it. The mount that follows has another number, it may be.
+                if let Some(socket) = socket {
+                    socket.gone_by(Deadline::after(SOCKET_PATIENCE));
+                }
             }
             State::Dead => {
                 return Err(refuse(
@@ -160,7 +170,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         fs::write(&file, "").unwrap();
-        let reason = |path: &Path| prepare(path, false).unwrap_err().to_string();
+        let reason = |path: &Path| {
+            prepare(path, false, Path::new("/run"))
+                .unwrap_err()
+                .to_string()
+        };
         assert!(
             reason(&file).contains("not a directory"),
             "{}",
@@ -171,10 +185,10 @@ mod tests {
         let missing = reason(&directory.path().join("missing/deeper"));
         assert!(missing.contains("mkdir"), "{missing}");
         assert!(reason(directory.path()).contains("not empty"));
-        assert!(prepare(directory.path(), true).is_ok());
+        assert!(prepare(directory.path(), true, directory.path()).is_ok());
         fs::remove_file(&file).unwrap();
         fs::create_dir(directory.path().join("lost+found")).unwrap();
-        assert!(prepare(directory.path(), false).is_ok());
+        assert!(prepare(directory.path(), false, directory.path()).is_ok());
         assert!(matches!(
             find(directory.path()),
             Err(MountError::NotMounted { .. })

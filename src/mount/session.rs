@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::control::{Handler, Server};
+use super::control::{Handler, Identity, Server};
 use super::handler::Ocifs;
 use super::keeper::{CONTROL, DEVICE, JOURNAL, Keeper, Left};
 use super::meter::Meter;
@@ -88,12 +88,19 @@ pub struct SessionRecord {
     path: Vec<u8>,
     root: Vec<u8>,
     kind: String,
+    /// The control socket.
+    socket: Identity,
     /// What directories show as their time.
     pub started: SystemTime,
 }
 
 impl SessionRecord {
-    fn new(negotiated: &Negotiated, info: &MountInfo, started: SystemTime) -> Self {
+    fn new(
+        negotiated: &Negotiated,
+        info: &MountInfo,
+        control: &Server,
+        started: SystemTime,
+    ) -> Self {
         Self {
             negotiated: negotiated.clone(),
             major: info.major,
@@ -101,6 +108,7 @@ impl SessionRecord {
             path: info.path.as_os_str().as_bytes().to_owned(),
             root: info.root.as_os_str().as_bytes().to_owned(),
             kind: info.kind.clone(),
+            socket: control.identity(),
             started,
         }
     }
@@ -167,7 +175,7 @@ impl Mount {
         runtime: Handle,
     ) -> Result<Self, MountError> {
         let _entered = runtime.enter();
-        let path = point::prepare(&options.path, options.cover)?;
+        let path = point::prepare(&options.path, options.cover, &options.runtime_dir)?;
         let failed = |source| MountError::Mount {
             path: path.clone(),
             source,
@@ -193,7 +201,7 @@ impl Mount {
         };
         let control = Server::start(&options.runtime_dir, &info, handler)?;
         if let (Some(keeper), Some(journal)) = (&options.keeper, tree.journal()) {
-            let record = SessionRecord::new(session.negotiated(), &info, tree.started());
+            let record = SessionRecord::new(session.negotiated(), &info, &control, tree.started());
             let kept = keep(keeper, &journal, &record, &session, &control);
             if let Err(error) = kept {
                 tracing::warn!(%error, "should this process die, the mount ends with it");
@@ -220,7 +228,7 @@ impl Mount {
         let _entered = runtime.enter();
         let Takeover {
             left,
-            record,
+            mut record,
             restored,
         } = takeover;
         let info = record.info();
@@ -236,15 +244,19 @@ impl Mount {
             }
         };
         let control = match left.control {
-            Some(listener) => Server::resume(listener, Arc::clone(&handler)),
+            Some(listener) => Server::resume(listener, record.socket, Arc::clone(&handler)),
             None => Err(std::io::ErrorKind::NotFound.into()),
         };
         let control = match control {
             Ok(control) => control,
             Err(error) => {
                 tracing::info!(%error, "a new control socket is made");
-                let control = Server::start(&options.runtime_dir, &info, handler)?;
-                if let Some(keeper) = &options.keeper {
+                let control = Server::start_again(&options.runtime_dir, &info, handler)?;
+                record.socket = control.identity();
+                if let (Some(keeper), Some(journal)) = (&options.keeper, tree.journal()) {
+                    if let Ok(record) = serde_json::to_vec(&record) {
+                        journal.session(&record);
+                    }
                     let _ = keeper.keep(CONTROL, control.descriptor());
                 }
                 control
@@ -543,7 +555,12 @@ mod tests {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
         let keeper = Keeper::holder(theirs).unwrap();
         let journal = Journal::new().unwrap();
-        let record = SessionRecord::new(session.negotiated(), &info, SystemTime::UNIX_EPOCH);
+        let record = SessionRecord::new(
+            session.negotiated(),
+            &info,
+            &control,
+            SystemTime::UNIX_EPOCH,
+        );
         let result = keep(&keeper, &journal, &record, &session, &control);
         result.map_err(|error| error.to_string())?;
         let mut heard = Vec::new();

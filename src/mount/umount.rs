@@ -42,7 +42,8 @@ pub fn unmount(
     patience: Duration,
 ) -> Result<Unmounted, MountError> {
     let mount = point::find(path)?;
-    // Found before it is taken down, because the way to it goes through the mount's device number.
+    // Found before it is taken down, because the way to it goes through the mount's device number, which may be another one's after.
+    let socket = control::Name::of(runtime_dir, &mount);
     let daemon =
         control::daemon(runtime_dir, &mount).and_then(|pid| Some((pid, open_process(pid)?)));
     let flags = match how {
@@ -61,7 +62,7 @@ pub fn unmount(
         .filter(|(_, process)| !ends_within(process, deadline.left()))
         .map(|(pid, _)| pid);
     // Whoever keeps the mount's descriptors goes after the daemon, or without one.
-    if still_running.is_none() && !control::gone_by(runtime_dir, &mount, deadline) {
+    if still_running.is_none() && socket.is_some_and(|socket| !socket.gone_by(deadline)) {
         tracing::info!("what kept the mount is still there");
     }
     Ok(Unmounted {

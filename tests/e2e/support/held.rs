@@ -6,8 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
 };
@@ -24,8 +25,7 @@ pub struct Held {
     holder: u32,
     /// Where its socket and its log are.
     runtime: PathBuf,
-    /// The control socket and its inode's number: names are used again by other mounts.
-    socket: (PathBuf, u64),
+    socket: Socket,
     _dir: TempDir,
 }
 
@@ -59,7 +59,7 @@ impl Held {
         run_command(command.arg(&point), PATIENCE).ok();
         let mut held = Self {
             holder: 0,
-            socket: socket_of(runtime, &point),
+            socket: Socket::of(runtime, &point),
             runtime: runtime.to_owned(),
             point,
             _dir: dir,
@@ -156,9 +156,11 @@ impl Held {
         eventually(Duration::from_secs(20), "its processes end", || {
             processes(&self.point).is_empty().then_some(())
         });
-        let (socket, was) = &self.socket;
-        let left = fs::symlink_metadata(socket).is_ok_and(|now| now.ino() == *was);
-        assert!(!left, "{} is left", socket.display());
+        assert!(
+            !self.socket.is_there(),
+            "{} is left",
+            self.socket.path.display()
+        );
     }
 }
 
@@ -178,9 +180,8 @@ impl Drop for Held {
             }
         }
         detach(&self.point);
-        let (socket, was) = &self.socket;
-        if fs::symlink_metadata(socket).is_ok_and(|now| now.ino() == *was) {
-            let _ = fs::remove_file(socket);
+        if self.socket.is_there() {
+            let _ = fs::remove_file(&self.socket.path);
         }
     }
 }
@@ -193,17 +194,20 @@ pub fn status_of(point: &Path) -> Value {
 
 #[track_caller]
 fn status_in(runtime: &Path, point: &Path) -> Value {
-    let mut last = Value::Null;
-    // One that is killed while it is asked does not answer.
-    eventually(PATIENCE, "the daemon answers", || {
+    let end = Instant::now() + PATIENCE;
+    loop {
         let mut command = ocifs(["status", "--json"]);
         command.arg(point).env("OCIFS_RUNTIME_DIR", runtime);
         let said = run_command(&mut command, PATIENCE).ok();
         let mut status: Value = serde_json::from_str(&said).expect("--json prints JSON");
-        last = status["mounts"][0].take();
-        last["error"].is_null().then_some(())
-    });
-    last
+        let status = status["mounts"][0].take();
+        if status["error"].is_null() {
+            return status;
+        }
+        // One that is killed while it is asked does not answer.
+        assert!(Instant::now() < end, "the daemon does not answer: {status}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[track_caller]
@@ -225,19 +229,32 @@ pub fn device_of(holder: u32) -> OwnedFd {
     pidfd_getfd(holder, number, PidfdGetfdFlags::empty()).unwrap()
 }
 
-fn socket_of(runtime: &Path, point: &Path) -> (PathBuf, u64) {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let point = point.to_str().unwrap();
-    let line = table
-        .lines()
-        .rfind(|line| line.split(' ').nth(4) == Some(point))
-        .expect("it is mounted");
-    let device = line.split(' ').nth(2).unwrap().replace(':', "-");
-    let socket = runtime.join(format!("{device}.sock"));
-    let inode = fs::symlink_metadata(&socket)
-        .expect("the control socket")
-        .ino();
-    (socket, inode)
+/// A mount's control socket. Its name is used again by other mounts, and so would be its inode's number if it were not kept open.
+struct Socket {
+    path: PathBuf,
+    open: OwnedFd,
+}
+
+impl Socket {
+    fn of(runtime: &Path, point: &Path) -> Self {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let point = point.to_str().unwrap();
+        let line = table
+            .lines()
+            .rfind(|line| line.split(' ').nth(4) == Some(point))
+            .expect("it is mounted");
+        let device = line.split(' ').nth(2).unwrap().replace(':', "-");
+        let path = runtime.join(format!("{device}.sock"));
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = rustix::fs::open(&path, flags, Mode::empty()).expect("the control socket");
+        Self { path, open }
+    }
+
+    /// Whether it has its name still.
+    fn is_there(&self) -> bool {
+        let was = rustix::fs::fstat(&self.open).unwrap().st_ino;
+        fs::symlink_metadata(&self.path).is_ok_and(|now| now.ino() == was)
+    }
 }
 
 /// Processes that have the mount point among their arguments and run.
