@@ -46,12 +46,16 @@ use super::daemon::Ready;
 use super::ending::{Ending, Next, Tries, next, pause};
 use super::keeper::{CONTROL, DEVICE};
 use super::{point, umount};
+use crate::base::Deadline;
 
 /// The file that runs.
 const SELF: &str = "/proc/self/exe";
 
 /// How long a daemon may take to come up: less than whoever started us waits, who cannot end it.
 const UP_BY: Duration = Duration::from_secs(50);
+
+/// A program that is being installed cannot run while somebody writes it; whoever asks for it waits no longer than this.
+const WRITTEN_BY: Duration = Duration::from_secs(2);
 
 /// How often is looked whether a daemon is dead that does not go.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -547,8 +551,18 @@ pub fn can_take_over(program: &Path, check: &[OsString], patience: Duration) -> 
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let Ok(mut child) = command.spawn() else {
-        return false;
+    let deadline = Deadline::after(patience.min(WRITTEN_BY));
+    let mut child = loop {
+        match command.spawn() {
+            Ok(child) => break child,
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
+                if deadline.passed() {
+                    return false;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(_) => return false,
+        }
     };
     let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
         .is_ok_and(|process| umount::ends_within(&process, patience));
@@ -596,6 +610,19 @@ mod tests {
         assert!(check("/bin/sh", "exit 0"));
         assert!(!check("/bin/sh", "exit 2"));
         assert!(!check("/nonexistent", ""));
+
+        // One that is still being written is waited for.
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("program");
+        fs::copy("/bin/sh", &program).unwrap();
+        let writer = fs::File::options().append(true).open(&program).unwrap();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(writer);
+        });
+        assert!(check(program.to_str().unwrap(), "exit 0"));
+        ends.join().unwrap();
+
         let slow = ["-c".into(), "exec sleep 60".into()];
         let patience = Duration::from_millis(50);
         assert!(!can_take_over(Path::new("/bin/sh"), &slow, patience));

@@ -227,7 +227,7 @@ fn a_user_s_mount_that_is_given_up_ends_though_a_dead_daemon_has_its_device_open
         umount --lazy models
     "#;
     let mut child = Command::new("unshare")
-        .args(["--mount", "bash", "-c", script])
+        .args(["--mount", "--propagation", "slave", "bash", "-c", script])
         .arg(dir.path())
         .arg(format!("{}/org/m:v1/w.bin", proxy.host()))
         .stdout(Stdio::piped())
