@@ -97,13 +97,7 @@ impl LazyBlob {
         for _ in 0..ROUNDS {
             self.complete().await?;
             let deadline = Deadline::after(self.shared.config.read_timeout);
-            let room = self.shared.room(range.len(), Urgency::Demand);
-            let Ok(room) = timeout_at(deadline.instant(), room).await else {
-                return Err(BlobError::Deadline {
-                    digest: self.digest,
-                    range,
-                });
-            };
+            let room = self.room_by(range, deadline).await?;
             if let Some(bytes) = self.look(&hold, range, true, take)? {
                 return Ok(bytes.with_room(room));
             }
@@ -173,13 +167,7 @@ impl LazyBlob {
                 continue;
             }
             // Nothing only when a cached chunk turned out damaged or memory ran over meanwhile: fetch again.
-            let room = self.shared.room(range.len(), Urgency::Demand);
-            let Ok(room) = timeout_at(deadline.instant(), room).await else {
-                return Err(BlobError::Deadline {
-                    digest: self.digest,
-                    range,
-                });
-            };
+            let room = self.room_by(range, deadline).await?;
             if let Some(bytes) = self.look(&hold, range, false, take)? {
                 return Ok((bytes, room));
             }
@@ -190,6 +178,20 @@ impl LazyBlob {
                 });
             }
         }
+    }
+
+    /// Memory for the bytes of `range`, which a reader waits for.
+    async fn room_by(
+        &self,
+        range: ByteRange,
+        deadline: Deadline,
+    ) -> Result<Reservation, BlobError> {
+        let room = self.shared.room(range.len(), Urgency::Demand);
+        let room = timeout_at(deadline.instant(), room).await;
+        room.map_err(|_| BlobError::Deadline {
+            digest: self.digest,
+            range,
+        })
     }
 
     /// What `range` holds, from cache and memory; `None` when some of it is not here.

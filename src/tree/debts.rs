@@ -25,6 +25,7 @@ use super::journal::{Journal, Record, Stale};
 use super::node::NodeId;
 use super::{DebtId, Invalidation};
 use crate::base::{Digest, lock};
+use crate::cache::Identity;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -84,6 +85,14 @@ impl Debts {
         let mut blobs = lock(&self.blobs);
         let debt = self.owe(vec![Stale::Blob(blob)]);
         blobs.entry(blob).or_default().push_back(debt);
+    }
+
+    /// The kernel is about to be given bytes of a blob from this file of the cache, which are not known to be right; `None` once all that
+    /// it was given is. For the process that may have to go on from here: the file may have been thrown away by then.
+    pub(super) fn gives(&self, blob: Digest, file: Option<Identity>) {
+        if let Some(journal) = &self.journal {
+            journal.write(&Record::Given { blob, file });
+        }
     }
 
     /// The oldest debt about this blob, for whoever pays it now. That is one whose step 2 is done: for each there is news, in order.

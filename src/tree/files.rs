@@ -6,7 +6,6 @@ use super::namespace::Tree;
 use super::node::{Node, NodeId};
 use super::{Invalidation, Opened, TreeError, Way};
 use crate::base::{Digest, lock};
-use crate::cache::Identity;
 
 impl Tree {
     /// Opens a file for reading.
@@ -147,20 +146,6 @@ impl Tree {
             journal.write(&Record::Closed { handle: handle.0 });
         }
         node
-    }
-
-    /// What came of a blob is about to be thrown away because it is wrong: the kernel will have to drop it too, whatever happens to
-    /// this process. To be called before it is thrown away, and followed by [`Tree::drop_content`].
-    pub fn will_drop_content(&self, blob: Digest) {
-        self.0.debts.owe_blob(blob);
-    }
-
-    /// The kernel is about to be given bytes of a blob from this file of the cache, which are not known to be right; `None` once all that
-    /// it was given is. For the process that may have to go on from here: the file may have been thrown away by then.
-    pub(super) fn gives_content(&self, blob: Digest, file: Option<Identity>) {
-        if let Some(journal) = &self.0.config.journal {
-            journal.write(&Record::Given { blob, file });
-        }
     }
 
     /// The content of a blob has turned out wrong: the kernel must not serve from its memory what it was given of it.

@@ -73,16 +73,16 @@ impl Tree {
     /// ends. From the call on, and not only once the result is awaited, nothing of a blob is thrown away that the kernel is not owed to
     /// be told of. `before` is what [`Tree::restore`] will be given, if anything: what blobs are here now is compared with it.
     pub fn follow(self, blobs: &Blobs, before: Option<&State>) -> impl Future<Output = ()> + use<> {
-        // The tree has the blobs, by its catalogue.
-        let tree = Arc::downgrade(&self.0);
+        // Not the tree: it has the blobs, by its catalogue, and must not end here, where one of them is locked.
+        let debts = Arc::downgrade(&self.0.debts);
         blobs.witness(move |blob, notice| {
-            let Some(tree) = tree.upgrade().map(Tree) else {
+            let Some(debts) = debts.upgrade() else {
                 return;
             };
             match notice {
-                Notice::Discards => tree.will_drop_content(blob),
-                Notice::Gives(file) => tree.gives_content(blob, Some(file)),
-                Notice::Proves => tree.gives_content(blob, None),
+                Notice::Discards => debts.owe_blob(blob),
+                Notice::Gives(file) => debts.gives(blob, Some(file)),
+                Notice::Proves => debts.gives(blob, None),
             }
         });
         if let Some(before) = before {

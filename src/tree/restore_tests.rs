@@ -266,12 +266,12 @@ async fn what_the_kernel_was_not_told_is_told_by_the_next_process_until_one_has(
         name: name.to_owned(),
     };
     // Killed before the bytes are gone.
-    first.tree.will_drop_content(Digest::of(b"w"));
+    first.tree.0.debts.owe_blob(Digest::of(b"w"));
     assert_eq!(first.due(true), []);
     let (second, _) = first.next(&fake).await;
     assert_eq!(second.due(false), of_weights);
     // Killed while it was told, and after the bytes are gone once more.
-    second.tree.will_drop_content(Digest::of(b"w"));
+    second.tree.0.debts.owe_blob(Digest::of(b"w"));
     second.tree.drop_content(Digest::of(b"w"));
     assert_eq!(second.due(false), of_weights);
     let (third, _) = second.next(&fake).await;
@@ -292,9 +292,9 @@ async fn what_the_kernel_was_not_told_is_told_by_the_next_process_until_one_has(
     assert_eq!(sixth.due(true), []);
 
     // Numbers that are taken are not given to other debts.
-    sixth.tree.will_drop_content(Digest::of(b"n"));
+    sixth.tree.0.debts.owe_blob(Digest::of(b"n"));
     let (seventh, _) = sixth.next(&fake).await;
-    seventh.tree.will_drop_content(Digest::of(b"w"));
+    seventh.tree.0.debts.owe_blob(Digest::of(b"w"));
     let (_, state) = seventh.state();
     assert_eq!(state.owed.len(), 2);
 }
@@ -305,7 +305,7 @@ async fn of_an_artifact_that_is_missing_every_file_is_dropped() {
     let first = life(&fake, Journal::new().unwrap());
     let told = first.walk("r.example/org/m:v1/config.json").await;
     first.walk("r.example/org/m:v2").await;
-    first.tree.will_drop_content(Digest::of(b"w"));
+    first.tree.0.debts.owe_blob(Digest::of(b"w"));
     *lock(&fake.broken) = Some(TreeError::Timeout {
         what: "r.example".into(),
         source: None,
